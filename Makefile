@@ -1,0 +1,40 @@
+# Every target sets up what it needs, from a bare Python 3.10+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint bench docs coverage-table clean
+
+demo: $(READY)
+	$(BIN)/anypatch demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/speed.py
+
+docs: $(READY)
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python tools/figures.py
+
+coverage-table: $(READY)
+	$(BIN)/python -m anypatch.coverage
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist
