@@ -1,0 +1,300 @@
+"""Resize the linear maps of a patch: stem kernels, flattened stems, pixel heads.
+
+Everything is separable. A method gives one small matrix `M` of shape (new, old) per axis, and a kernel
+becomes `M_h @ w @ M_w.T`. The pseudo-inverse of a Kronecker product is the Kronecker product of the
+pseudo-inverses, so nothing larger than one axis is ever inverted.
+
+Read `M.T` as an estimator: it maps the new pixels of one axis to an estimate of the old pixels, and the
+new kernel is the old kernel applied to that estimate, `<w, M.T x> = <M w, x>`. See docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from anypatch.errors import GeometryError
+
+FILTERS = ("bicubic", "bilinear", "nearest")
+_MODES = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest"}
+
+
+def resize_matrix(old: int, new: int, filter: str = "bicubic", antialias: bool = True) -> Tensor:
+    """The (new, old) matrix of `torch.nn.functional.interpolate` along one axis, in float64."""
+    if filter not in FILTERS:
+        raise GeometryError(f"unknown filter {filter!r}; choose from {', '.join(FILTERS)}")
+    if filter == "nearest":
+        if new % old:
+            raise GeometryError(f"filter 'nearest' enlarges by whole factors only, not from {old} to {new}")
+        return torch.eye(old, dtype=torch.float64).repeat_interleave(new // old, dim=0)
+    basis = torch.eye(old, dtype=torch.float64)[None, :, None, :]
+    rows = functional.interpolate(
+        basis, (1, new), mode=_MODES[filter], align_corners=False, antialias=antialias
+    )
+    return rows[0, :, 0, :].T.contiguous()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to resize one axis. Subclasses give `matrix`."""
+
+    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
+        """The (new, old) float64 matrix that takes an old kernel's axis to the new one.
+
+        `pitch` is the width of a new pixel in old pixels, `old / new` unless the window of an
+        overlapping stem does not scale exactly with its stride.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Pi(Method):
+    """FlexiViT's pseudo-inverse resize (arXiv:2212.08013): `pinv(R).T`, with `R` the resize matrix of a
+    patch.
+
+    `Pi()` is timm's `resample_patch_embed`; `Pi("bilinear")` is big_vision's. Exact when the patch
+    grows, for images whose patches were each enlarged with `R`.
+    """
+
+    filter: str = "bicubic"
+    antialias: bool = True
+
+    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
+        return torch.linalg.pinv(resize_matrix(old, new, self.filter, self.antialias)).T
+
+
+@dataclass(frozen=True)
+class Interpolate(Method):
+    """Plain interpolation of the kernel, scaled by `old / new` per axis so that its sum stays alike."""
+
+    filter: str = "bicubic"
+    antialias: bool = True
+
+    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
+        return resize_matrix(old, new, self.filter, self.antialias) * (old / new)
+
+
+@dataclass(frozen=True)
+class Wiener(Method):
+    """The best linear estimate of the old pixels from the new ones, for photographs resized as a whole.
+
+    Pixels have an unknown mean and the covariance `exp(-d / length)` (`length` in old pixels). Both
+    pixel grids sample them with the resize filter, each at its own pitch; `noise` is white noise on the
+    new pixels, as a part of the pixels' variance. A flat patch keeps its response exactly.
+    """
+
+    length: float = 40.0
+    noise: float = 1e-4
+    filter: str = "bicubic"
+
+    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
+        pitch = old / new if pitch is None else pitch
+        window = max(old, new * pitch)
+        period = 3.0 * window  # one window of context on each side, on a circle
+        count = math.ceil(1.5 * period / min(1.0, pitch))
+        frequency = torch.arange(1, count + 1, dtype=torch.float64) / period
+        power = 1.0 / (1.0 + (2 * math.pi * self.length * frequency).square())
+        power = power / power.sum()
+        old_at = _waves(frequency, old, 1.0, self.filter)
+        new_at = _waves(frequency, new, pitch, self.filter)
+        weighted = new_at * power.repeat(2)
+        across = old_at @ weighted.T
+        within = new_at @ weighted.T
+        within.diagonal().add_(self.noise)
+        return estimator(across, within).T
+
+
+def estimator(across: Tensor, within: Tensor) -> Tensor:
+    """Best linear unbiased estimator (old, new) for pixels of unknown mean (ordinary kriging).
+
+    `across` (old, new) and `within` (new, new) are covariances. Rows of the result sum to one, so that a
+    flat patch is estimated exactly.
+    """
+    factor = torch.linalg.cholesky(within)
+    right = torch.cat([across.T, across.new_ones(across.shape[1], 1)], dim=1)
+    solved = torch.cholesky_solve(right, factor)
+    known, flat = solved[:, :-1].T, solved[:, -1]
+    return known + torch.outer(1.0 - known.sum(1), flat / flat.sum())
+
+
+def _waves(frequency: Tensor, count: int, pitch: float, filter: str) -> Tensor:
+    """Pixels (count, 2 * frequencies): cosines and sines sampled by the filter at `pitch`."""
+    at = (torch.arange(count, dtype=torch.float64) + 0.5) * pitch
+    phase = torch.outer(at, 2 * math.pi * frequency)
+    gain = transfer(frequency * pitch, filter)
+    return torch.cat([phase.cos() * gain, phase.sin() * gain], dim=1)
+
+
+def transfer(frequency: Tensor, filter: str) -> Tensor:
+    """Fourier transform of an antialiased resize filter, at frequencies in cycles per pixel.
+
+    Bicubic is Keys' kernel with a = -1/2, as in PIL and in `interpolate(antialias=True)`; bilinear is
+    the triangle; nearest is the mean over the pixel (area).
+    """
+    sinc = torch.sinc
+    if filter == "nearest":
+        return sinc(frequency)
+    if filter == "bilinear":
+        return sinc(frequency).square()
+    square = (math.pi * frequency).square()
+    steep = 3.0 * (sinc(frequency).square() - sinc(2 * frequency))
+    tail = -(3.0 * sinc(2 * frequency).square() - 2.0 * sinc(2 * frequency) - sinc(4 * frequency))
+    return (steep + tail) / square
+
+
+MethodLike: TypeAlias = str | Method
+
+METHODS: dict[str, Method] = {
+    "wiener": Wiener(),
+    "pi": Pi(),
+    "bicubic": Interpolate("bicubic"),
+    "bilinear": Interpolate("bilinear"),
+}
+
+
+def as_method(method: MethodLike) -> Method:
+    """The method that a name stands for; an instance of a method is returned as it is."""
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]
+    raise GeometryError(
+        f"unknown resize method {method!r}; choose from {', '.join(METHODS)}, or pass an instance of "
+        "Pi, Wiener, Interpolate or PixelStatistics"
+    )
+
+
+def axis_matrix(method: MethodLike, old: int, new: int, strides: tuple[int, int] | None = None) -> Tensor:
+    """The (new, old) float64 matrix for one axis. `strides` (old, new) fix the scale of overlaps."""
+    if old == new and (strides is None or strides[0] == strides[1]):
+        return torch.eye(old, dtype=torch.float64)
+    return as_method(method).matrix(old, new, None if strides is None else strides[0] / strides[1])
+
+
+def resize_kernel(weight: Tensor, size: int | Sequence[int], method: MethodLike = "wiener") -> Tensor:
+    """Resize a patch kernel (..., h, w) to (..., *size); with three sizes, (..., t, h, w).
+
+    An int stands for both spatial axes. Type and device are kept; arithmetic is float32 or better. The
+    result is a new tensor that takes no part in gradients.
+    """
+    new = _sizes(size)
+    _need_floating(weight, "kernel")
+    if weight.dim() < len(new):
+        raise GeometryError(
+            f"a kernel of shape {tuple(weight.shape)} has no {len(new)} axes to resize to {new}"
+        )
+    old = tuple(weight.shape[-len(new) :])
+    if 0 in old:
+        raise GeometryError(f"a kernel of shape {tuple(weight.shape)} has no pixels")
+    kind = as_method(method)
+    pairs = list(zip(old, new, strict=True))
+    matrices = {pair: kind.matrix(*pair) for pair in {*pairs} if pair[0] != pair[1]}
+    return _apply(weight, [matrices.get(pair) for pair in pairs])
+
+
+def resize_linear(
+    weight: Tensor,
+    old_patch: Sequence[int],
+    new_patch: Sequence[int],
+    channels: int,
+    order: str,
+    method: MethodLike = "wiener",
+) -> Tensor:
+    """Resize a stem that is a linear layer over a flattened patch: (D, C * prod(old)) to (D, C *
+    prod(new)).
+
+    `order` names the flattened axes, slowest first: "c h w", "h w c", "t h w c", "c t h w".
+    """
+    kernel, back = _unflatten(weight, old_patch, channels, order)
+    return back(resize_kernel(kernel, _patch(new_patch, order), method))
+
+
+def resize_pixels(rows: Tensor, old_patch: Sequence[int], new_patch: Sequence[int], order: str) -> Tensor:
+    """Resize a head whose outputs are pixels: weight (C * prod(old), D) or bias (C * prod(old),).
+
+    The rows are resized like an image (bicubic, antialiased), so the new head gives the resized image of
+    the old one. `order` names the flattened axes of the output, slowest first.
+    """
+    _need_floating(rows, "pixel head")
+    channels, left = divmod(rows.shape[0], math.prod(old_patch))
+    if left or rows.dim() not in (1, 2):
+        raise GeometryError(
+            f"a pixel head of shape {tuple(rows.shape)} does not fit patch {tuple(old_patch)}"
+        )
+    columns = rows[None] if rows.dim() == 1 else rows.T
+    image, back = _unflatten(columns, old_patch, channels, order)
+    new = _patch(new_patch, order)
+    old = image.shape[-len(new) :]
+    matrices = [resize_matrix(o, n) if o != n else None for o, n in zip(old, new, strict=True)]
+    resized = back(_apply(image, matrices))
+    return resized[0] if rows.dim() == 1 else resized.T.contiguous()
+
+
+def _apply(weight: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Multiply the last `len(matrices)` axes of `weight` by their matrices (None: leave the axis)."""
+    result = weight.detach()
+    if all(matrix is None for matrix in matrices):
+        return result.clone()
+    result = result.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    for axis in range(-1, -len(matrices) - 1, -1):
+        matrix = matrices[axis]
+        if matrix is None:
+            continue
+        matrix = matrix.to(result)
+        shape = [*result.shape]
+        shape[axis] = matrix.shape[0]
+        if axis == -1:
+            result = result.reshape(-1, matrix.shape[1]) @ matrix.T
+        else:
+            result = matrix @ result.reshape(-1, matrix.shape[1], math.prod(shape[axis + 1 :]))
+        result = result.reshape(shape)
+    return result.to(weight.dtype)
+
+
+def _sizes(size: int | Sequence[int]) -> tuple[int, ...]:
+    """A validated (h, w) or (t, h, w)."""
+    sizes = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    if len(sizes) not in (2, 3) or not all(type(s) is int and s > 0 for s in sizes):
+        raise GeometryError(f"a kernel size is a positive int, a pair or a triple of them, not {size!r}")
+    return sizes
+
+
+def _need_floating(weight: Tensor, what: str) -> None:
+    if not isinstance(weight, Tensor):
+        raise GeometryError(f"a {what} is a torch.Tensor, not {type(weight).__name__}")
+    if not weight.is_floating_point():
+        raise GeometryError(f"a {what} of type {weight.dtype} cannot be resized; it must be floating point")
+
+
+def _patch(patch: Sequence[int], order: str) -> tuple[int, ...]:
+    """`patch` as a tuple, with as many sizes as `order` has axes beside the channels."""
+    sizes = _sizes(patch)
+    if len(sizes) != len(order.split()) - 1:
+        raise GeometryError(f"patch {sizes} does not fit the axes {order!r}")
+    return sizes
+
+
+def _unflatten(
+    weight: Tensor, patch: Sequence[int], channels: int, order: str
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Split (D, C * prod(patch)) into (D, C, *patch), and a function that flattens a resized one again."""
+    names = order.split()
+    if sorted(names) not in (["c", "h", "w"], ["c", "h", "t", "w"]):
+        raise GeometryError(f"order {order!r} must name c, h, w and perhaps t, separated by spaces")
+    _need_floating(weight, "linear map")
+    wanted = ["c", *[n for n in ("t", "h", "w") if n in names]]
+    sizes = dict(zip(wanted, (channels, *_patch(patch, order)), strict=True))
+    if weight.dim() != 2 or weight.shape[1] != math.prod(sizes.values()):
+        raise GeometryError(
+            f"shape {tuple(weight.shape)} is not a map over {channels} channels of patch {tuple(patch)}"
+        )
+    there = [0, *[1 + names.index(n) for n in wanted]]
+    back = [0, *[1 + wanted.index(n) for n in names]]
+    kernel = weight.detach().reshape(weight.shape[0], *[sizes[n] for n in names]).permute(there)
+    return kernel, lambda resized: resized.permute(back).reshape(weight.shape[0], -1)
