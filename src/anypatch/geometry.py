@@ -1,0 +1,175 @@
+"""Patch size, image size and grid: what they are, how they fit, and what to say when they do not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Union
+
+from anypatch.errors import GeometryError
+
+Size = tuple[int, ...]
+SizeLike = Union[int, Sequence[int]]
+Keep = Literal["image", "grid"]
+
+MAX_SIDE = 1 << 16  # pixels; anything above is a typing mistake, and would allocate gigabytes
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model cuts its input into patches.
+
+    Sizes are ``(height, width)`` in pixels, or ``(time, height, width)`` with frames first for video.
+
+    Attributes:
+        patch_size: the stride between patches, which is their size unless patches overlap.
+        image_size: the size the model is built for; ``None`` for models without one (any size is accepted).
+        grid: patches per axis; ``None`` where ``image_size`` is.
+        prefix_tokens: tokens before the grid (class, register and distillation tokens).
+        library: name of the host library.
+        kernel_size: the size of the window that one patch sees, where it differs from ``patch_size``.
+    """
+
+    patch_size: Size
+    image_size: Size | None = None
+    prefix_tokens: int = 0
+    library: str = "generic"
+    kernel_size: Size | None = None
+    explicit_grid: Size | None = None
+
+    @property
+    def grid(self) -> Size | None:
+        if self.explicit_grid is not None:
+            return self.explicit_grid
+        if self.image_size is None:
+            return None
+        return tuple(i // p for i, p in zip(self.image_size, self.patch_size, strict=True))
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether neighbouring patches share pixels (kernel larger than stride)."""
+        return self.kernel_size is not None and self.kernel_size != self.patch_size
+
+
+def as_size(value: SizeLike, axes: int, name: str, current: Size | None = None) -> Size:
+    """``value`` as a tuple of ``axes`` positive ints.
+
+    An int, or a (height, width) pair for video, leaves the time axis at ``current``.
+
+    Raises:
+        GeometryError: not an int or a sequence of the right length, not positive, or absurdly large.
+    """
+    form = "an int or a (height, width) pair" + (", or (time, height, width)" if axes == 3 else "")
+    if isinstance(value, (str, bytes)) or (
+        not isinstance(value, Sequence) and not hasattr(value, "__index__")
+    ):
+        raise GeometryError(f"{name} must be {form}, got {value!r}")
+    items: Sequence[int] = value if isinstance(value, Sequence) else (value,) * 2
+    try:
+        if any(isinstance(item, bool) for item in items):
+            raise TypeError
+        size = tuple(operator.index(item) for item in items)
+    except TypeError:
+        raise GeometryError(f"{name} must be {form}, got {value!r}") from None
+    if axes == 3 and len(size) == 2:
+        size = ((current[0] if current else 1), *size)
+    if len(size) != axes:
+        raise GeometryError(f"{name} must be {form}, got {value!r}")
+    if any(side < 1 for side in size):
+        raise GeometryError(f"{name} must be positive, got {value!r}")
+    if any(side > MAX_SIDE for side in size):
+        raise GeometryError(f"{name} must be at most {MAX_SIDE} on each axis, got {value!r}")
+    return size
+
+
+def show(size: Size | None) -> str:
+    """A size as people write it: ``16`` or ``16x32``."""
+    if size is None:
+        return "any"
+    return "x".join(map(str, size))
+
+
+def target_geometry(
+    current: Geometry,
+    patch_size: SizeLike | None = None,
+    image_size: SizeLike | None = None,
+    keep: Keep = "image",
+) -> Geometry:
+    """The geometry that ``adapt`` is asked for.
+
+    Args:
+        current: the model's present geometry.
+        patch_size, image_size: as given by the user; ``None`` keeps it, as ``keep`` says.
+        keep: without ``image_size``, ``"image"`` keeps the image size and ``"grid"`` keeps the grid.
+
+    Raises:
+        GeometryError: bad sizes, a bad ``keep``, or a patch that does not divide the image.
+    """
+    if keep not in ("image", "grid"):
+        raise GeometryError(f'keep must be "image" or "grid", got {keep!r}')
+    axes = len(current.patch_size)
+    patch = current.patch_size
+    if patch_size is not None:
+        patch = as_size(patch_size, axes, "patch_size", current.patch_size)
+    kernel = scaled_kernel(current, patch)
+    if image_size is not None:
+        image: Size | None = as_size(image_size, axes, "image_size", current.image_size)
+    elif current.image_size is None:
+        image = None
+    elif keep == "grid" and patch != current.patch_size:
+        image = _image_for_same_grid(current, patch, kernel)
+    else:
+        image = current.image_size
+    target = replace(current, patch_size=patch, image_size=image, kernel_size=kernel, explicit_grid=None)
+    if image is None:
+        return target
+    if target.overlapping:
+        assert kernel is not None
+        grid = tuple((i - k) // p + 1 for i, k, p in zip(image, kernel, patch, strict=True))
+        if min(grid) < 1:
+            raise GeometryError(f"image_size {show(image)} is smaller than the patch kernel {show(kernel)}")
+        return replace(target, explicit_grid=grid)
+    _require_divisible(image, patch, current)
+    return target
+
+
+def scaled_kernel(current: Geometry, patch: Size) -> Size | None:
+    """The kernel of an overlapping stem, scaled with its stride."""
+    if current.kernel_size is None:
+        return None
+    return tuple(
+        max(new, round(k * new / old))
+        for k, new, old in zip(current.kernel_size, patch, current.patch_size, strict=True)
+    )
+
+
+def _image_for_same_grid(current: Geometry, patch: Size, kernel: Size | None) -> Size:
+    assert current.grid is not None
+    window = kernel if current.overlapping and kernel is not None else patch
+    return tuple((g - 1) * p + k for g, p, k in zip(current.grid, patch, window, strict=True))
+
+
+def _require_divisible(image: Size, patch: Size, current: Geometry) -> None:
+    if all(i % p == 0 for i, p in zip(image, patch, strict=True)):
+        return
+    if image == current.image_size and patch == current.patch_size:
+        return  # built like this (a convolution drops the margin); nothing is asked to change
+    below = tuple(max(i // p, 1) * p for i, p in zip(image, patch, strict=True))
+    above = tuple(-(-i // p) * p for i, p in zip(image, patch, strict=True))
+    images = " or ".join(dict.fromkeys((show(below), show(above))))
+    smaller = tuple(_divisor(i, p, -1) for i, p in zip(image, patch, strict=True))
+    larger = tuple(_divisor(i, p, +1) for i, p in zip(image, patch, strict=True))
+    patches = " or ".join(dict.fromkeys((show(smaller), show(larger))))
+    raise GeometryError(
+        f"patch_size {show(patch)} does not divide image_size {show(image)}: use image_size {images}, "
+        f'or patch_size {patches}; or keep="grid", which changes the image size with the patch'
+    )
+
+
+def _divisor(side: int, near: int, step: int) -> int:
+    """The divisor of ``side`` nearest to ``near`` in the direction of ``step``."""
+    candidate = min(near, side)
+    while 1 < candidate < side and side % candidate:
+        candidate += step
+    return candidate

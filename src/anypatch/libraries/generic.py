@@ -1,0 +1,5 @@
+NAME = "generic"
+
+
+def recognises(model):
+    return False
