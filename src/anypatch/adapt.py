@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from anypatch import geometry as geometries
-from anypatch.geometry import Geometry, Keep, SizeLike
+from anypatch.geometry import Geometry, Keep, SizeLike, target_geometry
 from anypatch.libraries import recognise
 from anypatch.libraries.base import HostLibrary
 from anypatch.resize import as_method
@@ -61,7 +60,7 @@ def make_plan(
     """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s."""
     method = as_method(kernel)
     subject = describe(model)
-    target = geometries.target_geometry(subject.geometry, patch_size, image_size, keep)
+    target = target_geometry(subject.geometry, patch_size, image_size, keep)
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
     return Plan(subject, target, method)
