@@ -92,11 +92,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         inner = model._modules.get("_orig_mod")
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model._modules.get("module")
-        if (
-            inner is None
-            and type(model).__module__.split(".")[0] == "peft"
-            and hasattr(model, "get_base_model")
-        ):
+        if inner is None and type(model).__module__.split(".")[0] == "peft" and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if inner is None or inner is model:
             return model

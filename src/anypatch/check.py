@@ -90,9 +90,7 @@ def _forward(example: Any, model: nn.Module, pixels: Tensor, seed: int) -> Any:
 
 def _compare(before: list[Tensor], after: list[Tensor], current: Geometry, target: Size, method: Pi) -> Check:
     if len(before) != len(after):
-        raise UnsupportedModelError(
-            f"the adapted model returns {len(after)} tensors, the original {len(before)}"
-        )
+        raise UnsupportedModelError(f"the adapted model returns {len(after)} tensors, the original {len(before)}")
     worst, compared = 0.0, 0
     for a, b in zip(before, after, strict=True):
         if not a.is_floating_point():
@@ -104,9 +102,7 @@ def _compare(before: list[Tensor], after: list[Tensor], current: Geometry, targe
         worst = max(worst, error if error == error else float("inf"))
         compared += 1
     if not compared:
-        shapes = ", ".join(
-            f"{tuple(a.shape)} -> {tuple(b.shape)}" for a, b in zip(before, after, strict=True)
-        )
+        shapes = ", ".join(f"{tuple(a.shape)} -> {tuple(b.shape)}" for a, b in zip(before, after, strict=True))
         raise UnsupportedModelError(f"no output keeps its shape, so nothing can be compared: {shapes}")
     return Check(worst, worst < TOLERANCE, compared, target)
 

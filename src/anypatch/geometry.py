@@ -61,9 +61,7 @@ def as_size(value: SizeLike, axes: int, name: str, current: Size | None = None) 
         GeometryError: not an int or a sequence of the right length, not positive, or absurdly large.
     """
     form = "an int or a (height, width) pair" + (", or (time, height, width)" if axes == 3 else "")
-    if isinstance(value, (str, bytes)) or (
-        not isinstance(value, Sequence) and not hasattr(value, "__index__")
-    ):
+    if isinstance(value, (str, bytes)) or (not isinstance(value, Sequence) and not hasattr(value, "__index__")):
         raise GeometryError(f"{name} must be {form}, got {value!r}")
     items: Sequence[int] = value if isinstance(value, Sequence) else (value,) * 2
     try:

@@ -20,9 +20,7 @@ from anypatch import positions, resize
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 
-MAX_EXTRA = (
-    16  # class, register and distillation tokens that may precede a grid that is not the model's main one
-)
+MAX_EXTRA = 16  # class, register and distillation tokens that may precede a grid that is not the model's main one
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,7 @@ def _convolution(case: Case, leaf: str) -> Role:
     assert isinstance(old, _ConvNd)
     assert isinstance(new, _ConvNd)
     if isinstance(old, _ConvTransposeNd):
-        raise UnsupportedModelError(
-            f"{case.name} ({case.shapes}) is a transposed convolution that follows the patch"
-        )
+        raise UnsupportedModelError(f"{case.name} ({case.shapes}) is a transposed convolution that follows the patch")
     if leaf == "bias" or (set(case.axes) <= {0} and set(new.kernel_size) == {1}):
         return _pixel_rows(case)
     if not set(case.axes) <= set(range(2, len(case.new_shape))):
@@ -104,9 +100,7 @@ def _convolution(case: Case, leaf: str) -> Role:
             f"{case.name} changes its channels with the geometry ({case.shapes}): the stem is not one linear map per patch"
         )
     if set(old.dilation) != {1}:
-        raise UnsupportedModelError(
-            f"{case.name} is a dilated convolution: the stem is not one linear map per patch"
-        )
+        raise UnsupportedModelError(f"{case.name} is a dilated convolution: the stem is not one linear map per patch")
     scales_alike = all(
         k0 * s1 == k1 * s0
         for k0, k1, s0, s1 in zip(old.kernel_size, new.kernel_size, old.stride, new.stride, strict=True)
@@ -163,9 +157,7 @@ def _linear(case: Case, leaf: str) -> Role:
         channels, order = _patch_channels(case, 1), _order(case)
         return Role(
             f"patch projection ({order})",
-            lambda w: resize.resize_linear(
-                w, case.old.patch_size, case.new.patch_size, channels, order, case.method
-            ),
+            lambda w: resize.resize_linear(w, case.old.patch_size, case.new.patch_size, channels, order, case.method),
         )
     if case.axes == (0,):
         return _pixel_rows(case)
@@ -260,9 +252,7 @@ def _tokens_role(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
             if prefix
             else f"absolute positions ({show(old)} tokens)"
         )
-        return Role(
-            text, lambda t, o=old, n=new, p=prefix, s=after: positions.resample_tokens(t, axis, o, n, p, s)
-        )
+        return Role(text, lambda t, o=old, n=new, p=prefix, s=after: positions.resample_tokens(t, axis, o, n, p, s))
     return None
 
 
@@ -271,13 +261,9 @@ def _single_axis(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
     sides = [(o, n) for old, new in _grids(case) for o, n in zip(old, new, strict=True)]
     for old, new in sides:
         if (old, new) == (old_n, new_n):
-            return Role(
-                "absolute positions (one axis)", lambda t: positions.resample_grid(t, (axis,), (new_n,))
-            )
+            return Role("absolute positions (one axis)", lambda t: positions.resample_grid(t, (axis,), (new_n,)))
         if (2 * old - 1, 2 * new - 1) == (old_n, new_n):
-            return Role(
-                "relative positions (one axis)", lambda t: positions.resample_grid(t, (axis,), (new_n,))
-            )
+            return Role("relative positions (one axis)", lambda t: positions.resample_grid(t, (axis,), (new_n,)))
     return None
 
 

@@ -222,9 +222,7 @@ class Plan:
     def _require_absent(self, full: str, lives: list[nn.Module], name: str) -> None:
         for live in lives:
             if hasattr(live, "parametrizations") and name in live.parametrizations:
-                raise UnsupportedModelError(
-                    f"{full} is parametrized; remove the parametrization before adapting"
-                )
+                raise UnsupportedModelError(f"{full} is parametrized; remove the parametrization before adapting")
 
     def _dependent_axes(self, path: str, name: str, a: Tensor, b: Tensor, full: str) -> tuple[int, ...]:
         shapes = [a.shape, b.shape]
@@ -237,9 +235,7 @@ class Plan:
             if isinstance(tensor, Tensor):
                 shapes.append(tensor.shape)
         if len({len(s) for s in shapes}) > 1:
-            raise UnsupportedModelError(
-                f"{full} changes its number of axes: {tuple(a.shape)} -> {tuple(b.shape)}"
-            )
+            raise UnsupportedModelError(f"{full} changes its number of axes: {tuple(a.shape)} -> {tuple(b.shape)}")
         return changed_axes(*shapes)
 
     def _case(
@@ -251,16 +247,12 @@ class Plan:
         owners: tuple[tuple[nn.Module, nn.Module], ...],
     ) -> Case:
         subject = self.subject
-        return Case(
-            full, a.shape, b.shape, axes, owners, subject.geometry, self.target, subject.facts, self.method
-        )
+        return Case(full, a.shape, b.shape, axes, owners, subject.geometry, self.target, subject.facts, self.method)
 
     def _resample(self, case: Case, parameter: nn.Parameter) -> None:
         if id(parameter) in self._data:
             return  # tied
-        expected = (
-            tuple(parameter.shape[a] for a in case.axes) if parameter.ndim == len(case.old_shape) else None
-        )
+        expected = tuple(parameter.shape[a] for a in case.axes) if parameter.ndim == len(case.old_shape) else None
         if expected != tuple(case.old_shape[a] for a in case.axes):
             case = self._live_case(case, parameter)
         if not parameter.is_floating_point():
@@ -287,9 +279,7 @@ class Plan:
             f"{tuple(case.old_shape)}: the model was changed after it was built"
         )
 
-    def _diff_buffers(
-        self, path: str, owners: tuple[tuple[nn.Module, nn.Module], ...], lives: list[nn.Module]
-    ) -> None:
+    def _diff_buffers(self, path: str, owners: tuple[tuple[nn.Module, nn.Module], ...], lives: list[nn.Module]) -> None:
         old, new = owners[0]
         for name in {**old._buffers, **new._buffers}:
             a, b = old._buffers.get(name), new._buffers.get(name)
@@ -379,9 +369,7 @@ class Plan:
             raise
 
 
-def _owners(
-    path: str, old: dict[str, nn.Module], new: dict[str, nn.Module]
-) -> tuple[tuple[nn.Module, nn.Module], ...]:
+def _owners(path: str, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> tuple[tuple[nn.Module, nn.Module], ...]:
     pairs = []
     while True:
         if path in new:
@@ -403,9 +391,7 @@ def _children(module: nn.Module, name: str) -> Iterator[nn.Module]:
 
 def _wrapped(module: nn.Module) -> list[nn.Module]:
     """What a wrapper wraps: PEFT's ``base_layer``, and ``original_module`` with its trained copies."""
-    found = [
-        module._modules[n] for n in ("base_layer", "original_module") if module._modules.get(n) is not None
-    ]
+    found = [module._modules[n] for n in ("base_layer", "original_module") if module._modules.get(n) is not None]
     copies = module._modules.get("modules_to_save")
     if copies is not None and found:
         found += list(copies.children())
