@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -93,7 +93,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model._modules.get("module")
         if inner is None and type(model).__module__.split(".")[0] == "peft" and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+            inner = cast(Any, model).get_base_model()
         if inner is None or inner is model:
             return model
         model = inner

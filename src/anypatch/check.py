@@ -57,7 +57,8 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     target = as_size(patch_size, len(current.patch_size), "patch_size", current.patch_size)
     if any(new < old for new, old in zip(target, current.patch_size, strict=True)):
         raise GeometryError(
-            f"check proves growing patches: patch_size {show(target)} is smaller than the model's {show(current.patch_size)}"
+            f"check proves growing patches: patch_size {show(target)} is smaller than the model's "
+            f"{show(current.patch_size)}"
         )
     method = Pi("bicubic")
     if current.overlapping:

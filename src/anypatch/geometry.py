@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Union
+from typing import Literal
 
 from anypatch.errors import GeometryError
 
 Size = tuple[int, ...]
-SizeLike = Union[int, Sequence[int]]
+SizeLike = int | Sequence[int]
 Keep = Literal["image", "grid"]
 
 MAX_SIDE = 1 << 16  # pixels; anything above is a typing mistake, and would allocate gigabytes

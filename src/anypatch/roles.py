@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Size as TorchSize
@@ -97,7 +98,8 @@ def _convolution(case: Case, leaf: str) -> Role:
         return _pixel_rows(case)
     if not set(case.axes) <= set(range(2, len(case.new_shape))):
         raise UnsupportedModelError(
-            f"{case.name} changes its channels with the geometry ({case.shapes}): the stem is not one linear map per patch"
+            f"{case.name} changes its channels with the geometry ({case.shapes}): "
+            f"the stem is not one linear map per patch"
         )
     if set(old.dilation) != {1}:
         raise UnsupportedModelError(f"{case.name} is a dilated convolution: the stem is not one linear map per patch")
@@ -140,7 +142,8 @@ def _order(case: Case) -> str:
     order = case.facts.order(case.name)
     if order is None:
         raise UnsupportedModelError(
-            f"{case.name} ({case.shapes}) acts on flattened patches, and their flattening order is not known for this model"
+            f"{case.name} ({case.shapes}) acts on flattened patches, and their flattening order is not known "
+            f"for this model"
         )
     return order
 
@@ -150,8 +153,8 @@ def _linear(case: Case, leaf: str) -> Role:
     for axis in case.axes:
         if tokens_old and case.old_shape[axis] == tokens_old and case.new_shape[axis] == tokens_new:
             raise GeometryError(
-                f"{case.name} ({case.shapes}) mixes a fixed number of tokens ({tokens_old}), so the grid cannot change: "
-                f'use keep="grid"'
+                f"{case.name} ({case.shapes}) mixes a fixed number of tokens ({tokens_old}), "
+                f'so the grid cannot change: use keep="grid"'
             )
     if leaf == "weight" and case.axes == (1,):
         channels, order = _patch_channels(case, 1), _order(case)
@@ -247,12 +250,11 @@ def _tokens_role(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
             continue
         after = min(suffix, extra)
         prefix = extra - after
-        text = (
-            f"absolute positions ({prefix} + {show(old)} tokens)"
-            if prefix
-            else f"absolute positions ({show(old)} tokens)"
+        shown = f"{prefix} + {show(old)}" if prefix else show(old)
+        return Role(
+            f"absolute positions ({shown} tokens)",
+            partial(positions.resample_tokens, axis=axis, old_grid=old, new_grid=new, prefix=prefix, suffix=after),
         )
-        return Role(text, lambda t, o=old, n=new, p=prefix, s=after: positions.resample_tokens(t, axis, o, n, p, s))
     return None
 
 
@@ -276,7 +278,7 @@ def _relative(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
             continue
         return Role(
             f"relative positions ({show(old)} window)",
-            lambda t, o=old, n=new, e=extra: positions.resample_relative(t, axis, o, n, e),
+            partial(positions.resample_relative, axis=axis, old_window=old, new_window=new, extra=extra),
         )
     return None if not case.name.endswith(("_h", "_w")) else _single_axis(case, axis, old_n, new_n)
 

@@ -221,7 +221,8 @@ class Plan:
 
     def _require_absent(self, full: str, lives: list[nn.Module], name: str) -> None:
         for live in lives:
-            if hasattr(live, "parametrizations") and name in live.parametrizations:
+            parametrizations = live._modules.get("parametrizations")
+            if parametrizations is not None and name in parametrizations._modules:
                 raise UnsupportedModelError(f"{full} is parametrized; remove the parametrization before adapting")
 
     def _dependent_axes(self, path: str, name: str, a: Tensor, b: Tensor, full: str) -> tuple[int, ...]:

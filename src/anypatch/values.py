@@ -115,7 +115,8 @@ class Merger:
         elif type(new) is tuple and len(live) == len(old) == len(new):
             result = tuple(self.merge(a, b, c, depth + 1) for a, b, c in zip(live, old, new, strict=True))
         elif isinstance(new, functools.partial):
-            args, keywords = (self.merge(*parts, depth + 1) for parts in self._partials(live, old, new))
+            args = self.merge(live.args, old.args, new.args, depth + 1)
+            keywords = self.merge(live.keywords, old.keywords, new.keywords, depth + 1)
             result = functools.partial(live.func, *args, **keywords)
         elif hasattr(new, "__dict__") and not isinstance(new, (tuple, list)):
             result = copy.copy(live)
@@ -127,10 +128,6 @@ class Merger:
             result = copy.deepcopy(new)
         self._remember(live, result)
         return result
-
-    @staticmethod
-    def _partials(*partials: functools.partial[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(p.args for p in partials), tuple(p.keywords for p in partials)
 
     def _remember(self, live: Any, result: Any) -> None:
         self._keep.append(live)
