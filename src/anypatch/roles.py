@@ -168,12 +168,27 @@ def _linear(case: Case, leaf: str) -> Role:
 
 
 def _pixel_rows(case: Case) -> Role:
-    _patch_channels(case, 0)
-    order = _order(case)
-    return Role(
-        f"pixel head ({order})",
-        lambda w: resize.resize_pixels(w, case.old.patch_size, case.new.patch_size, order),
-    )
+    shuffle = _shuffle(case)
+    if shuffle is None:
+        _patch_channels(case, 0)
+        (old, new), order = (case.old.patch_size, case.new.patch_size), _order(case)
+    else:
+        (old, new), order = shuffle, "c h w"
+
+    def rows(w: Tensor) -> Tensor:
+        flat = resize.resize_pixels(w.flatten(1) if w.ndim > 2 else w, old, new, order)
+        return flat.reshape(flat.shape[0], *w.shape[1:])
+
+    return Role(f"pixel head ({order})", rows)
+
+
+def _shuffle(case: Case) -> tuple[Size, Size] | None:
+    """The old and new block sizes of the ``PixelShuffle`` that stands beside a pixel head."""
+    for old, new in case.owners[1:2]:
+        for a, b in zip(old.children(), new.children(), strict=False):
+            if isinstance(a, nn.PixelShuffle) and isinstance(b, nn.PixelShuffle):
+                return (a.upscale_factor,) * 2, (b.upscale_factor,) * 2
+    return None
 
 
 def _tokens(geometry: Geometry) -> int | None:
