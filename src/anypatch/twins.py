@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from anypatch.errors import UnsupportedModelError
 from anypatch.geometry import Geometry, show
@@ -66,16 +67,34 @@ class Change:
 def empty(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model with parameters on the meta device and real buffers, leaving the random state alone.
 
-    A few constructors read their parameters' values; those are built for real.
+    A few constructors read their parameters' values, or compute buffers on their parameters' device; those are
+    built for real, without random initialisation.
     """
     from accelerate import init_empty_weights
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             with init_empty_weights(include_buffers=False):
-                return build()
+                twin = build()
+            if not any(buffer.is_meta for buffer in twin.buffers()):
+                return twin
         except (NotImplementedError, RuntimeError):
+            pass
+        with _NoInit():
             return build()
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips the in-place random fills that make up most of a constructor's time."""
+
+    FILLS = frozenset(("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_"))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self.FILLS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class Plan:
@@ -147,6 +166,10 @@ class Plan:
     def _require_projection_follows(self, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
         """The patch may only change if a projection's weight changes with it."""
         a, b = self.subject.geometry, self.target
+        projections = self.subject.facts.projections
+        for path, module in old.items():
+            if projections and path not in projections and isinstance(module, _ConvNd):
+                _require_same_convolution(path, module, new.get(path))
         if a.patch_size == b.patch_size:
             return
         for path, module in old.items():
@@ -368,6 +391,16 @@ class Plan:
             for step in reversed(undo):
                 step()
             raise
+
+
+def _require_same_convolution(path: str, old: _ConvNd, new: nn.Module | None) -> None:
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        before, after = getattr(old, name), getattr(new, name, None)
+        if type(old) is type(new) and before != after:
+            raise UnsupportedModelError(
+                f"{path} is a convolution after the patch embedding, and its {name} would change from {before} to "
+                f"{after}: the model does not keep its grid, so the patch cannot change"
+            )
 
 
 def _owners(path: str, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> tuple[tuple[nn.Module, nn.Module], ...]:

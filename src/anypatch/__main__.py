@@ -1,0 +1,5 @@
+"""``python -m anypatch``."""
+
+from anypatch.cli import main
+
+main()
