@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from anypatch.errors import UnsupportedModelError
 from anypatch.geometry import Geometry, show
-from anypatch.roles import Case, Facts, changed_axes, role_of
+from anypatch.roles import Case, Facts, Role, changed_axes, role_of
 from anypatch.values import MISSING, Merger, like, same, same_tensor
 
 # nn.Module's own bookkeeping; parameters, buffers and children are diffed on their own.
@@ -74,7 +75,7 @@ def empty(build: Callable[[], nn.Module]) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), _NoFill():
                 twin = build()
             if not any(buffer.is_meta for buffer in twin.buffers()):
                 return twin
@@ -97,6 +98,21 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoFill(TorchFunctionMode):
+    """Skips in-place arithmetic on meta tensors, which changes nothing and is most of an empty build's time."""
+
+    FILLS = _NoInit.FILLS | {"clamp_", "mul_", "add_", "sub_", "div_", "zero_", "fill_", "ones_", "zeros_", "constant_"}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self.FILLS:
+            target = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **(kwargs or {}))
+
+
 class Plan:
     """Everything that has to change in a live model, computed before anything is changed."""
 
@@ -106,6 +122,8 @@ class Plan:
         self.method = method
         self.changes: list[Change] = []
         self._data: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._roles: dict[int, Role] = {}
+        self._buffer_roles: dict[tuple[int, str], Role] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor | None, bool]] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []
         self._modules: list[tuple[nn.Module, str, nn.Module]] = []
@@ -287,6 +305,7 @@ class Plan:
         with torch.no_grad():
             new = role.apply(parameter.detach())
         self._data[id(parameter)] = (parameter, new.to(parameter.dtype))
+        self._roles[id(parameter)] = role
         self.changes.append(Change(case.name, role.text, tuple(parameter.shape), tuple(new.shape)))
 
     def _live_case(self, case: Case, parameter: Tensor) -> Case:
@@ -324,6 +343,7 @@ class Plan:
                     axes = changed_axes(a.shape, b.shape)
                     role = role_of(self._case(full, a, b, axes, owners))
                     self._buffers.append((live, name, role.apply(current), persistent))
+                    self._buffer_roles[id(live), name] = role
                     self.changes.append(Change(full, role.text, tuple(a.shape), tuple(b.shape)))
                     continue
                 else:
@@ -361,6 +381,28 @@ class Plan:
                 new = self._merger.substitute(value)
                 if new is not value:
                     self._attributes.append((module, name, new))
+
+    # -- for tensors that lie elsewhere ----------------------------------------------------------------------
+
+    def state_changes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """For each tensor of the model's state dict that changes: a function from its present value to the new.
+
+        With these a file can be converted that holds the state of ``subject.model``, itself empty.
+        """
+        model = self.subject.model
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in self._roles:
+                found[name] = self._roles[id(parameter)].apply
+        paths = {id(module): path for path, module in model.named_modules()}
+        for module, name, value, persistent in self._buffers:
+            if not persistent or value is None or id(module) not in paths:
+                continue
+            path = paths[id(module)]
+            role = self._buffer_roles.get((id(module), name))
+            apply = role.apply if role is not None else functools.partial(like, value)
+            found[f"{path}.{name}" if path else name] = apply
+        return found
 
     # -- applying ------------------------------------------------------------------------------------------
 
