@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from anypatch.adapt import adapt, describe, host
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, SizeLike, as_size, show
+from anypatch.libraries.base import Example
 from anypatch.resize import Pi, resize_matrix
 
 TOLERANCE = 1e-4
@@ -53,7 +54,8 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
             overlap, is no whole multiple of it.
         UnsupportedModelError: the model cannot be adapted or cannot be fed pixels.
     """
-    current = describe(model).geometry
+    described = describe(model)
+    current = described.geometry
     target = as_size(patch_size, len(current.patch_size), "patch_size", current.patch_size)
     if any(new < old for new, old in zip(target, current.patch_size, strict=True)):
         raise GeometryError(
@@ -61,10 +63,11 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
             f"{show(current.patch_size)}"
         )
     method = Pi("bicubic")
-    if current.overlapping:
+    if current.overlapping or described.facts.whole_multiples:
         if any(new % old for new, old in zip(target, current.patch_size, strict=True)):
+            why = "pad or crop" if described.facts.whole_multiples else "overlap"
             raise GeometryError(
-                f"patches overlap (kernel {show(current.kernel_size)}, stride {show(current.patch_size)}): "
+                f"patches {why} (kernel {show(current.kernel_size)}, stride {show(current.patch_size)}): "
                 f"check needs a whole multiple of the stride, got {show(target)}"
             )
         method = Pi("nearest")
@@ -76,7 +79,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     pixels = torch.randn(example.shape, generator=generator)
     before = list(tensors(_forward(example, subject, pixels, seed)))
     adapt(subject, target, keep="grid", kernel=method)
-    pixels = enlarge(pixels, inner.geometry, target, method)
+    pixels = enlarge(pixels, _in_units(current.patch_size, example), _in_units(target, example), method)
     adapted = describe(subject)
     example = host(subject).example(adapted.model, adapted.geometry)
     after = list(tensors(_forward(example, subject, pixels, seed)))
@@ -126,13 +129,19 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
 
 
-def enlarge(pixels: Tensor, current: Geometry, target: Size, method: Pi) -> Tensor:
+def _in_units(size: Size, example: Example) -> Size:
+    """A patch in entries of the map that is fed: pixels, unless the linear part of the stem comes later."""
+    unit = (1,) * (len(size) - len(example.unit)) + example.unit
+    return tuple(s // u for s, u in zip(size, unit, strict=True))
+
+
+def enlarge(pixels: Tensor, patch: Size, target: Size, method: Pi) -> Tensor:
     """Enlarge every patch on its own: ``(..., grid * patch) -> (..., grid * target)`` on each spatial axis."""
-    for offset, (old, new) in enumerate(zip(current.patch_size, target, strict=True)):
+    for offset, (old, new) in enumerate(zip(patch, target, strict=True)):
         axis = pixels.ndim - len(target) + offset
         if old == new:
             continue
-        if current.overlapping:
+        if method.filter == "nearest":
             pixels = pixels.repeat_interleave(new // old, dim=axis)
             continue
         matrix = resize_matrix(old, new, method.filter).to(pixels.dtype)  # (new, old)

@@ -31,10 +31,17 @@ class Facts:
     Attributes:
         orders: regular expression on a tensor's name -> flattening order of a patch, such as ``"h w c"``.
         suffix_tokens: tokens after the grid in absolute position tables (YOLOS's detection tokens).
+        projections: paths of the layers that see pixels, where they are known; a convolution elsewhere that follows
+            the patch is an error.
+        grids: grids besides the main one, at a geometry (further branches).
+        whole_multiples: whether exactness needs whole multiples of the patch (padded or cropped inputs).
     """
 
     orders: dict[str, str] = field(default_factory=dict)
     suffix_tokens: int = 0
+    projections: tuple[str, ...] = ()
+    grids: Callable[[Geometry], list[Size]] = field(default=lambda geometry: [])
+    whole_multiples: bool = False
 
     def order(self, name: str) -> str | None:
         return next((order for pattern, order in self.orders.items() if re.search(pattern, name)), None)
@@ -226,6 +233,7 @@ def _grids(case: Case) -> Iterator[tuple[Size, Size]]:
     old, new = case.old.grid, case.new.grid
     if old is not None and new is not None:
         yield old, new
+        yield from zip(case.facts.grids(case.old), case.facts.grids(case.new), strict=True)
         if len(old) == 3:
             yield old[1:], new[1:]
             yield old[:1], new[:1]

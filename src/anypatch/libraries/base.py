@@ -39,11 +39,15 @@ class Example:
     Args:
         shape: of the pixels, ``(batch, channels, [time,] height, width)``, for the model's present geometry.
         call: ``call(model, pixels) -> outputs`` (any nesting of tensors).
+        unit: pixels per entry of what is fed, where that is a map further in (behind a backbone).
     """
 
-    def __init__(self, shape: Sequence[int], call: Callable[[nn.Module, Any], Any]) -> None:
+    def __init__(
+        self, shape: Sequence[int], call: Callable[[nn.Module, Any], Any], unit: Sequence[int] = (1, 1)
+    ) -> None:
         self.shape = tuple(shape)
         self.call = call
+        self.unit = tuple(unit)
 
 
 def comes_from(model: nn.Module, package: str) -> bool:
