@@ -17,3 +17,7 @@ class UnsupportedModelError(AnypatchError, TypeError):
 
 class CheckpointError(AnypatchError):
     """A checkpoint that is missing, damaged, unsafe, or does not fit the model it is meant for."""
+
+
+class DataError(AnypatchError, ValueError):
+    """Images, labels or class names that are missing, unreadable, or do not fit each other."""

@@ -1,0 +1,72 @@
+"""One process or many: who does what, and how results come together. Uses accelerate only when there are many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Team:
+    """The processes that share a sweep.
+
+    Attributes:
+        rank, size: this process's number, and how many there are.
+        device: where this process computes.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        running = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank, self.size = 0, 1
+        if launched or running:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=True) if str(device) == "cpu" else PartialState()
+            self.rank, self.size = state.process_index, state.num_processes
+            self.device = torch.device(device) if device is not None else state.device
+        elif device is not None:
+            self.device = torch.device(device)
+        else:
+            self.device = _best_device()
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, on everyone."""
+        if self.size == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Work that the leader does alone; everyone gets its value, or raises its error."""
+        if self.size == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        outcome: list[Any] = [None, None]
+        if self.leads:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        value, failure = broadcast_object_list(outcome, from_process=0)
+        if failure is not None:
+            raise failure
+        return value
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
