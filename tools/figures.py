@@ -21,9 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import dinov2
-
 import anypatch
+import dinov2
 
 PATCHES = (7, 10, 14, 20, 28)
 GRID = 32
