@@ -94,8 +94,8 @@ def table(rows: Sequence[Row]) -> str:
         "# Coverage",
         "",
         "Made by `python -m anypatch.coverage`, which runs the proof of `anypatch.check` on a tiny model of every "
-        "family with random weights: each patch of a random input is enlarged, the model is adapted, and the outputs are "
-        "compared. PASS is a relative error below 1e-4. REFUSED is an error that `adapt` raises before it changes "
+        "family with random weights: each patch of a random input is enlarged, the model is adapted, and the outputs "
+        "are compared. PASS is a relative error below 1e-4. REFUSED is an error that `adapt` raises before it changes "
         "anything, with its reason.",
         "",
         summary(rows),
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", help="only families whose name contains this")
     parser.add_argument("--output", type=Path, help="default: docs/coverage.md, unless the run is a part only")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # tiny models: threads would only wait for each other
     rows = []
     for family in families(*(options.library or ())):
         if options.family and options.family not in family.name:
