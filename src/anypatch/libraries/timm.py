@@ -61,7 +61,8 @@ def recognises(model: nn.Module) -> bool:
 
 def subject(model: Any) -> Subject:
     stem = _stem(model)
-    prefix = "" if _core(model) is model else "model."
+    core = _core(model)
+    prefix = next((f"{name}." for name, child in model._modules.items() if child is core), "")
     projections = tuple(prefix + path for path in stem.paths)
 
     def build(geometry: Geometry) -> nn.Module:
@@ -160,8 +161,9 @@ def _geometry(model: Any, patch: Size, kernel: Size, path: str | None) -> Geomet
 
 def _core(model: Any) -> Any:
     """The model inside a feature extractor, where it is kept whole."""
-    inner = model._modules.get("model")
-    return inner if inner is not None and type(model).__module__.startswith("timm.models._features") else model
+    if not type(model).__module__.startswith("timm.models._features"):
+        return model
+    return next((model._modules[name] for name in ("model", "body") if name in model._modules), model)
 
 
 def _title(model: Any) -> str:
