@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
-    + (".ppm", ".pgm", ".pbm", ".pnm")
+    f".{kind}"
+    for kind in ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm", "pgm", "pbm")
 )
 TRAIN = ("train", "training")
 TEST = ("val", "validation", "valid", "test", "testing")

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,13 +86,17 @@ def curve(points: Sequence[Point], x_name: str, y_name: str, summary: str, backw
     if len(front) > 1:
         line = " ".join("{:.1f},{:.1f}".format(*at(p.x, p.y)) for p in front)
         parts.append(f'<polyline class="front" points="{line}"/>')
-    taken: list[tuple[float, float]] = []
+    taken = [(*_below(at(p.x, p.y)), 14.0) for p in points]
     for point in sorted(points, key=lambda p: (p.native, p.x)):
         parts.append(_point(point, at, taken))
     return "".join(parts) + "</svg>"
 
 
-def _point(point: Point, at, taken: list[tuple[float, float]]) -> str:  # type: ignore[no-untyped-def]
+def _point(
+    point: Point,
+    at: Callable[[float, float], tuple[float, float]],
+    taken: list[tuple[float, float, float]],
+) -> str:
     x, y = at(point.x, point.y)
     kind = " ".join(n for n, on in (("point", True), ("best", point.front), ("native", point.native)) if on)
     tied = "" if point.index is None else f' data-index="{point.index}"'
@@ -104,15 +108,26 @@ def _point(point: Point, at, taken: list[tuple[float, float]]) -> str:  # type: 
         parts.append(f'<path class="dot" d="M{x:.1f} {y - 7:.1f}l7 7-7 7-7-7z"/>')
     else:
         parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-    places = ((0, -12), (14, 4), (-14, 4), (0, 21))
-    free = [p for p in places if all(abs(x + p[0] - a) > 17 or abs(y + p[1] - b) > 13 for a, b in taken)]
-    dx, dy = (free or places)[0]
-    taken += [(x + dx, y + dy), (x, y + 4)]
+    # Beside the point first: an interval's bar runs above and below it.
+    wide = 8 + 7 * len(point.label)
+    places = ((11, 4, "start"), (-11, 4, "end"), (0, -12, "middle"), (0, 22, "middle"))
+    centres = {"start": wide / 2, "end": -wide / 2, "middle": 0}
+    free = [
+        p
+        for p in places
+        if all(abs(x + p[0] + centres[p[2]] - a) > (wide + w) / 2 or abs(y + p[1] - b) > 13 for a, b, w in taken)
+    ]
+    dx, dy, anchor = (free or places)[0]
+    taken += [(x + dx + centres[anchor], y + dy, wide)]
     if point.label:
-        parts.append(
-            f'<text class="label" x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="middle">{text(point.label)}</text>'
-        )
+        place = f'x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text class="label" {place}>{text(point.label)}</text>')
     return "".join(parts) + "</g>"
+
+
+def _below(place: tuple[float, float]) -> tuple[float, float]:
+    """Where the baseline of text over a dot would be."""
+    return place[0], place[1] + 4
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 QUALITIES = {"accuracy": "accuracy", "fidelity": "fidelity (cosine to the native model)"}
 COSTS = {"gflops": "GFLOPs per image", "images_per_second": "images per second"}
 METHODS = {
-    "zero_shot": "zero-shot with the text tower",
+    "zero_shot": "zero-shot classification with the text tower",
     "head": "the model's own classifier",
     "probe": "a linear probe",
     "knn": "nearest neighbours",
@@ -75,7 +75,7 @@ def html(result: SweepResult) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("anypatch").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("anypatch").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
 def _lead(result: SweepResult) -> str:
@@ -87,10 +87,10 @@ def _lead(result: SweepResult) -> str:
     ]
     quality = result.quality
     if quality is not None:
-        best = max((r for r in result.rows if r.get(quality) is not None), key=lambda r: r[quality])
+        best = max((r for r in result.rows if r.get(quality) is not None), key=lambda r: (r[quality], -r["gflops"]))
         parts.append(
-            f"The best {quality} is {_number(quality, best[quality])}, at patch {_size(best['patch_size'])}"
-            f" with {_number('gflops', best['gflops'])} GFLOPs per image"
+            f"The best {quality} is {format_number(quality, best[quality])}, at patch {_size(best['patch_size'])}"
+            f" with {format_number('gflops', best['gflops'])} GFLOPs per image"
             f" ({_ratio(best['gflops'], native['gflops'])} the native model's)."
         )
     return text(" ".join(parts))
@@ -137,24 +137,24 @@ def _points(result: SweepResult, cost: str, quality: str) -> list[Point]:
     found = []
     for index, (row, front) in enumerate(zip(result.rows, result.pareto(cost), strict=True)):
         if row.get(quality) is not None and row[cost] > 0:
-            found.append(_a_point(row, cost, quality, front, index))
-    native = result.native
-    beside = all(
-        (r["patch_size"], r["image_size"]) != (native["patch_size"], native["image_size"]) for r in result.rows
-    )
-    if beside and native.get(quality) is not None:
-        found.append(_a_point(native, cost, quality, False, None))
+            found.append(_a_point(row, cost, quality, front, index, _is_native(result, row)))
+    if not any(_is_native(result, row) for row in result.rows) and result.native.get(quality) is not None:
+        found.append(_a_point(result.native, cost, quality, False, None, True))
     return found
 
 
-def _a_point(row: Row, cost: str, quality: str, front: bool, index: int | None) -> Point:
+def _is_native(result: SweepResult, row: Row) -> bool:
+    return all(row[side] == result.native[side] for side in ("patch_size", "image_size"))
+
+
+def _a_point(row: Row, cost: str, quality: str, front: bool, index: int | None, native: bool) -> Point:
     label = _size(row["patch_size"])
     title = (
-        f"{'native, ' if index is None else ''}patch {label}: {quality} {_number(quality, row[quality])}, "
-        f"{_number(cost, row[cost])} {COSTS[cost]}"
+        f"{'native, ' if native else ''}patch {label}: {quality} {format_number(quality, row[quality])}, "
+        f"{format_number(cost, row[cost])} {COSTS[cost]}"
     )
     bounds = (row.get("accuracy_low"), row.get("accuracy_high")) if quality == "accuracy" else (None, None)
-    return Point(row[cost], row[quality], label, title, *bounds, front, index is None, index)
+    return Point(row[cost], row[quality], label, title, *bounds, front, native, index)
 
 
 def _pictures(result: SweepResult) -> str:
@@ -190,12 +190,12 @@ def _says(row: Row) -> str:
     parts = [
         f"image {_size(row['image_size'])}",
         f"{row['tokens']} tokens",
-        f"{_number('gflops', row['gflops'])} GFLOPs",
-        f"{_number('images_per_second', row['images_per_second'])} images/s",
+        f"{format_number('gflops', row['gflops'])} GFLOPs",
+        f"{format_number('images_per_second', row['images_per_second'])} images/s",
     ]
     for name in ("fidelity", "accuracy"):
         if row.get(name) is not None:
-            parts.append(f"{name} {_number(name, row[name])}")
+            parts.append(f"{name} {format_number(name, row[name])}")
     return ", ".join(parts)
 
 
@@ -234,17 +234,19 @@ def _grid(rows: int, columns: int) -> str:
 
 
 def _table(result: SweepResult) -> str:
+    by = str(result.rows[0].get("accuracy_by")) if result.rows else ""
     names = [n for n in COLUMNS if any(row.get(n) is not None for row in (*result.rows, result.native))]
+    names = [n for n in names if n != f"{by}_accuracy"]  # shown as `accuracy`
     head = "".join(f'<th scope="col" title="{text(COLUMNS[n][1])}">{text(COLUMNS[n][0])}</th>' for n in names)
     fronts = list(zip(*(result.pareto(cost) for cost in COSTS), strict=True))
     lines = []
     for index, row in enumerate(result.rows):
         lines.append(_line(row, names, f' data-index="{index}"', _front(fronts[index]), result.quality))
-    lines.append(_line(result.native, names, ' class="native"', "native", result.quality))
+    if not any(_is_native(result, row) for row in result.rows):
+        lines.append(_line(result.native, names, ' class="native"', "native model", result.quality))
     last = '<th scope="col">Pareto front</th>' if result.quality else ""
     meanings = "".join(f"<dt>{text(COLUMNS[n][0])}</dt><dd>{text(COLUMNS[n][1])}</dd>" for n in names)
-    by = METHODS.get(str(result.rows[0].get("accuracy_by"))) if result.rows else None
-    method = f"<p>Accuracy is that of {text(by)}.</p>" if by else ""
+    method = f"<p>Accuracy is that of {text(METHODS[by])}.</p>" if by in METHODS else ""
     return (
         '<section aria-labelledby="table"><h2 id="table">Numbers</h2>'
         f'{method}<div class="scroll" role="region" aria-labelledby="table" tabindex="0"><table>'
@@ -270,7 +272,7 @@ def _cell(row: Row, name: str) -> str:
     value = row.get(name)
     if value is None:
         return "–"
-    shown = text(_number(name, value))
+    shown = text(format_number(name, value))
     if name.endswith("accuracy"):
         stem = name.removesuffix("_accuracy")
         low, high = row.get(f"{stem}_low"), row.get(f"{stem}_high")
@@ -303,7 +305,8 @@ def _about(result: SweepResult) -> str:
     items = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in lines)
     return (
         '<section aria-labelledby="about"><h2 id="about">What was measured, and how to measure it again</h2>'
-        f'<dl class="facts">{items}</dl><pre tabindex="0"><code>{text(said.get("reproduce", ""))}</code></pre></section>'
+        f'<dl class="facts">{items}</dl><pre tabindex="0"><code>{text(said.get("reproduce", ""))}</code></pre>'
+        "</section>"
     )
 
 
@@ -311,14 +314,14 @@ def _size(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _number(name: str, value: Any) -> str:
+def format_number(name: str, value: Any) -> str:
     if name in ("patch_size", "image_size"):
         return _size(value)
     if name == "tokens":
         return str(value)
     if name in ("gflops", "images_per_second", "peak_memory_mb"):
         return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return f"{value:.3f}" if value < 0.9995 or value == 1 else f"{value:.5f}"
+    return f"{value:.3f}" if value < 0.9995 or value > 0.999995 else f"{value:.5f}"
 
 
 def figure(result: SweepResult) -> Figure:

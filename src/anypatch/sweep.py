@@ -197,8 +197,8 @@ def sweep(
     team = Team(device)
     folder = None if output is None else _writable(output)
     collections = _open_data(data, images, limit)
-    model = _model(source, arch, host_kwargs)
-    native, targets = _geometries(model, patch_sizes, image_size, keep, kernel)
+    model = load_model(source, arch, host_kwargs)
+    native, targets = geometries_of(model, patch_sizes, image_size, keep, kernel)
     notes = _Notes(collections)
     origin = source if isinstance(source, str) else None
     job = _Job(
@@ -625,7 +625,7 @@ def _open_data(data: Any, images: str | Path | None, limit: int | None) -> _Coll
     return _Collections(sets, watched, notes)
 
 
-def _model(source: str | nn.Module, arch: str | None, host_kwargs: dict[str, Any]) -> nn.Module:
+def load_model(source: str | Path | nn.Module, arch: str | None, host_kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(source, nn.Module):
         if arch is not None or host_kwargs:
             raise AnypatchError("arch and loader options are for sources, not for a live model")
@@ -637,7 +637,7 @@ def _model(source: str | nn.Module, arch: str | None, host_kwargs: dict[str, Any
     return unwrap(load(source, **host_kwargs))
 
 
-def _geometries(
+def geometries_of(
     model: nn.Module, patch_sizes: Any, image_size: SizeLike | None, keep: Keep, kernel: Any
 ) -> tuple[Geometry, list[Geometry]]:
     """The native geometry and the asked ones; every size that does not fit is in one message."""
