@@ -34,9 +34,7 @@ def resize_matrix(old: int, new: int, filter: str = "bicubic", antialias: bool =
             raise GeometryError(f"filter 'nearest' enlarges by whole factors only, not from {old} to {new}")
         return torch.eye(old, dtype=torch.float64).repeat_interleave(new // old, dim=0)
     basis = torch.eye(old, dtype=torch.float64)[None, :, None, :]
-    rows = functional.interpolate(
-        basis, (1, new), mode=_MODES[filter], align_corners=False, antialias=antialias
-    )
+    rows = functional.interpolate(basis, (1, new), mode=_MODES[filter], align_corners=False, antialias=antialias)
     return rows[0, :, 0, :].T.contiguous()
 
 
@@ -84,68 +82,76 @@ class Interpolate(Method):
 class Wiener(Method):
     """The best linear estimate of the old pixels from the new ones, for photographs resized as a whole.
 
-    Pixels have an unknown mean and the covariance `exp(-d / length)` (`length` in old pixels). Both
-    pixel grids sample them with the resize filter, each at its own pitch; `noise` is white noise on the
-    new pixels, as a part of the pixels' variance. A flat patch keeps its response exactly.
+    Along each axis, pixels have an unknown mean and a power spectrum `1 / f ** slope` (2 is a first-order
+    Markov chain of infinite length). Both pixel grids sample them with the pipeline's resize filter, each
+    at its own pitch; without `antialias` they take points. `noise` is white noise on the new pixels, as a
+    part of their variance within a patch and its neighbours. A flat patch keeps its response exactly.
     """
 
-    length: float = 40.0
+    slope: float = 2.5
     noise: float = 1e-4
     filter: str = "bicubic"
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.filter not in FILTERS:
+            raise GeometryError(f"unknown filter {self.filter!r}; choose from {', '.join(FILTERS)}")
+        if not (0 <= self.slope <= 6 and 0 < self.noise < math.inf):
+            raise GeometryError(f"slope is 0 to 6 and noise is above 0, not {self.slope} and {self.noise}")
+
+    def power(self, frequency: Tensor) -> Tensor:
+        """Power of the pixels at frequencies in cycles per old pixel, up to a factor."""
+        return frequency**-self.slope
 
     def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
         pitch = old / new if pitch is None else pitch
-        window = max(old, new * pitch)
-        period = 3.0 * window  # one window of context on each side, on a circle
-        count = math.ceil(1.5 * period / min(1.0, pitch))
+        period = 3.0 * max(old, new * pitch)  # a patch and its neighbours, on a circle
+        reach = 1.0 if self.antialias else 4.0  # cycles per pixel beyond which nothing is left to alias
+        count = math.ceil(reach * period / min(1.0, pitch))
         frequency = torch.arange(1, count + 1, dtype=torch.float64) / period
-        power = 1.0 / (1.0 + (2 * math.pi * self.length * frequency).square())
-        power = power / power.sum()
-        old_at = _waves(frequency, old, 1.0, self.filter)
-        new_at = _waves(frequency, new, pitch, self.filter)
-        weighted = new_at * power.repeat(2)
-        across = old_at @ weighted.T
-        within = new_at @ weighted.T
+        power = self.power(frequency)
+        power = (power / power.sum()).repeat(2)
+        sampled = self._sample(frequency, new, pitch)
+        weighted = sampled * power
+        within = weighted @ sampled.T
         within.diagonal().add_(self.noise)
-        return estimator(across, within).T
+        return _estimator(self._sample(frequency, old, 1.0) @ weighted.T, within).T
+
+    def _sample(self, frequency: Tensor, count: int, pitch: float) -> Tensor:
+        """Pixels (count, 2 * frequencies): the cosines and the sines as pixels of width `pitch` see them."""
+        centre = (torch.arange(count, dtype=torch.float64) + 0.5) * pitch
+        phase = torch.outer(centre, 2 * math.pi * frequency)
+        waves = torch.stack([phase.cos(), phase.sin()], dim=1)
+        if self.antialias:
+            waves *= transfer(frequency * pitch, self.filter)
+        return waves.flatten(1)
 
 
-def estimator(across: Tensor, within: Tensor) -> Tensor:
-    """Best linear unbiased estimator (old, new) for pixels of unknown mean (ordinary kriging).
+def _estimator(across: Tensor, within: Tensor) -> Tensor:
+    """Best linear unbiased estimator (old, new) of pixels of unknown mean: ordinary kriging.
 
-    `across` (old, new) and `within` (new, new) are covariances. Rows of the result sum to one, so that a
-    flat patch is estimated exactly.
+    `across` (old, new) and `within` (new, new) are covariances. Each row of the result sums to one, so that
+    a flat patch is estimated exactly.
     """
-    factor = torch.linalg.cholesky(within)
-    right = torch.cat([across.T, across.new_ones(across.shape[1], 1)], dim=1)
-    solved = torch.cholesky_solve(right, factor)
-    known, flat = solved[:, :-1].T, solved[:, -1]
+    right = torch.cat([across, across.new_ones(1, across.shape[1])]).T
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(within)).T
+    known, flat = solved[:-1], solved[-1]
     return known + torch.outer(1.0 - known.sum(1), flat / flat.sum())
 
 
-def _waves(frequency: Tensor, count: int, pitch: float, filter: str) -> Tensor:
-    """Pixels (count, 2 * frequencies): cosines and sines sampled by the filter at `pitch`."""
-    at = (torch.arange(count, dtype=torch.float64) + 0.5) * pitch
-    phase = torch.outer(at, 2 * math.pi * frequency)
-    gain = transfer(frequency * pitch, filter)
-    return torch.cat([phase.cos() * gain, phase.sin() * gain], dim=1)
-
-
 def transfer(frequency: Tensor, filter: str) -> Tensor:
-    """Fourier transform of an antialiased resize filter, at frequencies in cycles per pixel.
+    """Fourier transform of an antialiased resize filter, at positive frequencies in cycles per pixel.
 
-    Bicubic is Keys' kernel with a = -1/2, as in PIL and in `interpolate(antialias=True)`; bilinear is
-    the triangle; nearest is the mean over the pixel (area).
+    Bicubic is Keys' kernel with a = -1/2, as in Pillow and in `interpolate(antialias=True)`; bilinear is the
+    triangle; nearest is the mean over the pixel (area).
     """
-    sinc = torch.sinc
+    one = torch.sinc(frequency)
     if filter == "nearest":
-        return sinc(frequency)
+        return one
     if filter == "bilinear":
-        return sinc(frequency).square()
-    square = (math.pi * frequency).square()
-    steep = 3.0 * (sinc(frequency).square() - sinc(2 * frequency))
-    tail = -(3.0 * sinc(2 * frequency).square() - 2.0 * sinc(2 * frequency) - sinc(4 * frequency))
-    return (steep + tail) / square
+        return one.square()
+    two, four = torch.sinc(2 * frequency), torch.sinc(4 * frequency)
+    return (3 * one.square() - two - 3 * two.square() + four) / (math.pi * frequency).square()
 
 
 MethodLike: TypeAlias = str | Method
@@ -186,9 +192,7 @@ def resize_kernel(weight: Tensor, size: int | Sequence[int], method: MethodLike 
     new = _sizes(size)
     _need_floating(weight, "kernel")
     if weight.dim() < len(new):
-        raise GeometryError(
-            f"a kernel of shape {tuple(weight.shape)} has no {len(new)} axes to resize to {new}"
-        )
+        raise GeometryError(f"a kernel of shape {tuple(weight.shape)} has no {len(new)} axes to resize to {new}")
     old = tuple(weight.shape[-len(new) :])
     if 0 in old:
         raise GeometryError(f"a kernel of shape {tuple(weight.shape)} has no pixels")
@@ -224,9 +228,7 @@ def resize_pixels(rows: Tensor, old_patch: Sequence[int], new_patch: Sequence[in
     _need_floating(rows, "pixel head")
     channels, left = divmod(rows.shape[0], math.prod(old_patch))
     if left or rows.dim() not in (1, 2):
-        raise GeometryError(
-            f"a pixel head of shape {tuple(rows.shape)} does not fit patch {tuple(old_patch)}"
-        )
+        raise GeometryError(f"a pixel head of shape {tuple(rows.shape)} does not fit patch {tuple(old_patch)}")
     columns = rows[None] if rows.dim() == 1 else rows.T
     image, back = _unflatten(columns, old_patch, channels, order)
     new = _patch(new_patch, order)
