@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from anypatch import layouts
 from anypatch.architectures import choose
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.fitting import LOADERS
-from anypatch.readers import Checkpoint, read
+from anypatch.geometry import Keep, SizeLike
+from anypatch.readers import Checkpoint, read, require_finite
 
 
 def load_file(path: str | Path, arch: str | None = None, **host_kwargs: Any) -> nn.Module:
@@ -33,17 +35,22 @@ def load_file(path: str | Path, arch: str | None = None, **host_kwargs: Any) -> 
         UnsupportedModelError: no such architecture.
     """
     checkpoint = read(path)
-    beside = None
-    if arch is None:
-        beside = _beside(checkpoint)
-        if beside is not None:
-            arch, given = beside
-            host_kwargs = {**given, **host_kwargs}
+    if arch is None and (beside := _beside(checkpoint.path)) is not None:
+        arch, given = beside
+        host_kwargs = {**given, **host_kwargs}
     library, name = split(arch if arch is not None else choose(checkpoint))
+    _require_finite(checkpoint)
     try:
         return LOADERS[library](name, checkpoint, dict(host_kwargs))
     except ImportError as error:
         raise UnsupportedModelError(f"loading into {library} needs it installed ({error})") from error
+
+
+def _require_finite(checkpoint: Checkpoint) -> None:
+    """Refuse NaN and infinite values in what a change of geometry resamples."""
+    for name, tensor in checkpoint.tensors.items():
+        if layouts.follows_geometry(name):
+            require_finite(checkpoint.path, name, tensor)
 
 
 def split(arch: str) -> tuple[str, str]:
@@ -62,10 +69,10 @@ def split(arch: str) -> tuple[str, str]:
     return library, name
 
 
-def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
+def _beside(file: Path) -> tuple[str, dict[str, Any]] | None:
     """What a configuration next to a file says: its architecture and arguments."""
-    path = checkpoint.path.parent / "config.json"
-    if checkpoint.path.stem not in ("model", "pytorch_model") or not path.is_file():
+    path = file.parent / "config.json"
+    if file.stem not in ("model", "pytorch_model") or not path.is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -78,18 +85,48 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         keys = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
         return f"timm:{config['architecture']}", {**keys, **arguments}
     if "model_type" in config:
-        return f"transformers:{checkpoint.path.parent}", {}
+        return f"transformers:{file.parent}", {}
     return None
 
 
 def convert(
     source: str | Path,
     target: str | Path,
-    patch_size: Any = None,
-    image_size: Any = None,
+    patch_size: SizeLike | None = None,
+    image_size: SizeLike | None = None,
     *,
-    keep: Any = "image",
+    keep: Keep = "image",
     kernel: Any = "wiener",
+    arch: str | None = None,
+    link: bool = False,
 ) -> None:
-    """Placeholder until the streaming converter lands."""
-    raise UnsupportedModelError("convert is not available yet")
+    """Convert a checkpoint file or directory to another geometry without loading the model.
+
+    Only the tensors that follow the geometry are computed; all other bytes are copied by the operating system. The
+    result is what loading, adapting and saving would give. The target appears when it is complete: whatever happens
+    before leaves what was there.
+
+    Args:
+        source: a checkpoint file, or a directory in the format of transformers, timm or open_clip.
+        target: the ``.safetensors`` file or the directory to write; may be ``source``.
+        patch_size, image_size, keep, kernel: as in :func:`anypatch.adapt`.
+        arch: for a file whose tensors do not tell, as in :func:`load_file`.
+        link: give files that do not change a second name instead of copying them (same file system only).
+
+    Raises:
+        CheckpointError: the source is damaged or incomplete, or the target cannot be written.
+        GeometryError: sizes that do not fit.
+        UnsupportedModelError: the model cannot be adapted.
+    """
+    from anypatch.converting import convert_directory, convert_file
+
+    source, target = Path(source), Path(target)
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    ask = {"patch_size": patch_size, "image_size": image_size, "keep": keep, "kernel": kernel}
+    if source.is_dir():
+        if arch is not None:
+            raise CheckpointError(f"{source} says itself what it is: leave out arch")
+        convert_directory(source, target, ask, link)
+    else:
+        convert_file(source, target, _beside(source) if arch is None else (":".join(split(arch)), {}), ask)

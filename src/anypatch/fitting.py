@@ -339,6 +339,26 @@ def load_open_clip(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, Any
     return model
 
 
+def open_clip_from_config(cfg: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
+    """The model of an ``open_clip_config.json`` with its weights.
+
+    Raises:
+        CheckpointError: the file does not fit the configuration, or no model can be built from it.
+    """
+    from open_clip import CLIP, CoCa, CustomTextCLIP
+
+    cfg = copy.deepcopy(cfg)
+    custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg.get("text_cfg", {})
+    kind = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
+    try:
+        model = empty(lambda: kind(**cfg))
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint.path.parent}: open_clip cannot build the model of its configuration ({error})"
+        ) from error
+    return assign(model, open_clip_names(model, checkpoint, "open_clip"), checkpoint, "open_clip")
+
+
 def build_open_clip(name: str, native: layouts.Native, host_kwargs: Mapping[str, Any]) -> nn.Module:
     """An empty open_clip model at a file's native geometry.
 

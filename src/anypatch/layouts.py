@@ -102,6 +102,17 @@ def _is_text(name: str, shapes: Mapping[str, Any]) -> bool:
     return name == "positional_embedding" and any(n.startswith("visual.") for n in shapes)
 
 
+def follows_geometry(name: str) -> bool:
+    """Whether a tensor of this name is a patch projection or a table of positions of an image tower."""
+    if NOT_IMAGE.search(name):
+        return False
+    return bool(
+        POSITIONS.search(name)
+        or re.search(r"(^|\.)(relative_position_bias_table|rel_pos_[hw])$", name)
+        or any(re.search(pattern, name) for pattern, _ in KERNELS)
+    )
+
+
 def square_grid(tokens: int) -> int | None:
     """The side of a square grid after the fewest prefix tokens, or ``None``."""
     for prefix in range(MAX_PREFIX):
