@@ -130,6 +130,8 @@ class Merger:
         return result
 
     def _remember(self, live: Any, result: Any) -> None:
+        if isinstance(live, tuple):  # two attributes with equal sizes may hold one tuple by chance
+            return
         self._keep.append(live)
         self.replacements[id(live)] = result
 
