@@ -206,6 +206,27 @@ def check(source: Source, patch_size: RequiredPatchSize, arch: Arch = None, opti
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint file, or a directory of transformers, timm or open_clip.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file or the directory to write.")],
+    patch_size: PatchSize = None,
+    image_size: ImageSize = None,
+    keep: KeepOption = Keep.image,
+    kernel: KernelOption = Kernel.wiener,
+    arch: Arch = None,
+    link: Annotated[bool, typer.Option(help="Hard-link files that do not change instead of copying them.")] = False,
+) -> None:
+    """Convert file to file, without loading the model: only what follows the geometry is computed."""
+    from anypatch.checkpoint import convert
+
+    patch, image = size(patch_size, "--patch-size"), size(image_size, "--image-size")
+    if patch is None and image is None:
+        raise GeometryError("nothing to change: give --patch-size, --image-size or both")
+    convert(source, target, patch, image, keep=keep.value, kernel=kernel.value, arch=arch, link=link)
+    out.print(f"wrote {escape(str(target))}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="The report to write.")] = Path("anypatch-demo.html"),
 ) -> None:
