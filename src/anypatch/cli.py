@@ -207,7 +207,9 @@ def check(source: Source, patch_size: RequiredPatchSize, arch: Arch = None, opti
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint file, or a directory of transformers, timm or open_clip.")],
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint file, or a directory of transformers, timm or open_clip.")
+    ],
     target: Annotated[Path, typer.Argument(help="The .safetensors file or the directory to write.")],
     patch_size: PatchSize = None,
     image_size: ImageSize = None,
