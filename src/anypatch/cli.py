@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from anypatch.cli_sweep import register as register_sweep
 from anypatch.errors import AnypatchError, GeometryError
 
 app = typer.Typer(
@@ -245,8 +245,7 @@ def demo(
     out.print(f"report: {escape(str(output))}")
 
 
-def _register(module: str) -> None:
-    importlib.import_module(module).register(app)
+register_sweep(app)
 
 
 def main() -> None:
