@@ -91,12 +91,12 @@ def test_own_towers_are_exact_when_the_patch_grows(build, name):
     got = anypatch.geometry(model)
     assert (got.patch_size, got.image_size, got.prefix_tokens, got.library) == ((8, 8), (32, 32), 1, "open_clip")
     for patch in (9, (8, 12), (16, 10)):
-        assert anypatch.check(model, patch).error < 2e-5
+        assert anypatch.check(model, patch).error < 1e-4
 
 
 def test_a_bare_tower_is_exact_and_tokens_are_compared(build):
     result = anypatch.check(build("coca").visual, (12, 9))
-    assert result.error < 2e-5
+    assert result.error < 1e-4
     assert result.compared == 2  # pooled and tokens
 
 
@@ -136,7 +136,7 @@ def test_timm_towers_are_exact_when_the_patch_grows(name, pool, proj, image, pat
     model = timm_clip(name, pool, proj, image)
     got = anypatch.geometry(model)
     assert (got.patch_size, got.image_size, got.library) == ((patch, patch), (image, image), "open_clip")
-    assert anypatch.check(model, (patch + 2, patch)).error < 2e-5
+    assert anypatch.check(model, (patch + 2, patch)).error < 1e-4
 
 
 def test_attention_pool_of_a_timm_tower_follows_the_grid():
