@@ -181,7 +181,9 @@ def converted(
         ) from error
     for name, tensor in result.items():
         before = checkpoint.tensors.get(name)
-        if before is not None and isinstance(tensor, Tensor) and before.numel() != tensor.numel():
+        if before is None or not isinstance(tensor, Tensor) or before.numel() == tensor.numel():
+            continue
+        if tensor.untyped_storage().data_ptr() != before.untyped_storage().data_ptr():  # no slice of it: resampled
             raise CheckpointError(
                 f"{checkpoint.path} does not fit {arch}: {name} has shape {tuple(before.shape)} in the file and "
                 f"{tuple(tensor.shape)} in the model; where the image is not square, pass img_size=(height, width)"
@@ -445,7 +447,7 @@ def build_torchvision(name: str, tensors: Mapping[str, Any], host_kwargs: Mappin
         arguments["num_classes"] = head.shape[0]
     try:
         return empty(lambda: get_model(name, weights=None, **{**arguments, **host_kwargs}))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UnsupportedModelError(f"torchvision cannot build {name} for this file: {error}") from error
 
 
