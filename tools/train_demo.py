@@ -61,9 +61,7 @@ def main() -> None:
     }
     ASSET.parent.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, ASSET, metadata)
-    print(
-        f"held-out accuracy {found:.4f} on {len(labels)} images; {ASSET} is {ASSET.stat().st_size / 1e6:.2f} MB"
-    )
+    print(f"held-out accuracy {found:.4f} on {len(labels)} images; {ASSET} is {ASSET.stat().st_size / 1e6:.2f} MB")
 
 
 def train(images: Tensor, labels: Tensor) -> nn.Module:
