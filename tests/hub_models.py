@@ -276,3 +276,26 @@ class HandMade(nn.Module):
             x = x + self.pos_embed.reshape(1, -1, 16)
         assert x.shape[1] == self.num_patches
         return self.block(x).mean(1)
+
+
+class Video(nn.Module):
+    """Tubes of frames; one joint table (VideoMAE), or one over space and one over time (TimeSformer)."""
+
+    def __init__(self, img_size: int = 32, patch_size: int = 8, frames: int = 4, tubelet: int = 2, joint: bool = True):
+        super().__init__()
+        self.img_size, self.patch_size, self.num_frames, self.tubelet_size = img_size, patch_size, frames, tubelet
+        self.joint = joint
+        self.proj = nn.Conv3d(3, 16, (tubelet, patch_size, patch_size), (tubelet, patch_size, patch_size))
+        side, steps = img_size // patch_size, frames // tubelet
+        if joint:
+            self.pos_embed = nn.Parameter(torch.randn(1, steps * side * side, 16))
+        else:
+            self.pos_embed = nn.Parameter(torch.randn(1, side * side, 16))
+            self.temporal_embed = nn.Parameter(torch.randn(1, steps, 16))
+        self.block = Block(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x).flatten(3).permute(0, 2, 3, 1)
+        if self.joint:
+            return self.block(x.flatten(1, 2) + self.pos_embed)
+        return self.block((x + self.pos_embed[:, None] + self.temporal_embed[:, :, None]).flatten(1, 2))

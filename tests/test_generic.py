@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import anypatch
-from hub_models import Attention, Block, Dino, DinoV2, HandMade, MaskedAutoencoder, PairPatchEmbed, TwoTowers
+from hub_models import Attention, Block, Dino, DinoV2, HandMade, MaskedAutoencoder, PairPatchEmbed, TwoTowers, Video
 
 MODELS = {
     "dino": (Dino, (12, 16)),
     "dinov2": (DinoV2, (16, 28)),
     "mae": (MaskedAutoencoder, (12, (16, 10))),
     "two towers": (TwoTowers, (12,)),
+    "video": (Video, ((3, 12, 12), (2, 12, 12))),
+    "video, separate tables": (lambda: Video(joint=False), ((2, 16, 16), 12)),
     **{
         f"hand-made {t}": (lambda t=t: HandMade(table=t), ((6, 9), 9)) for t in ("embedding", "buffer", "plain", "none")
     },
@@ -137,6 +139,20 @@ def test_grid_with_as_many_tokens_in_another_shape():
     torch.testing.assert_close(model.pos_embed, grid_of(before, (6, 4), (8, 3), 0))
 
 
+def test_video_tables_over_space_and_over_both():
+    for joint in (True, False):
+        model = Video(joint=joint)
+        got = anypatch.geometry(model)
+        assert (got.patch_size, got.image_size, got.grid) == ((2, 8, 8), (4, 32, 32), (2, 4, 4))
+        before = model.pos_embed.detach().clone()
+        anypatch.adapt(model, 16)
+        steps = (2, -1) if joint else (1, -1)
+        expected = [grid_of(part[None], (4, 4), (2, 2), 0) for part in before[0].unflatten(0, steps)]
+        torch.testing.assert_close(model.pos_embed.detach(), torch.cat(expected, 1))
+        assert (model.patch_size, model.tubelet_size, model.num_frames, model.img_size) == (16, 2, 4, 32)
+    refuses(Video(joint=False), "temporal_embed", image_size=(8, 32, 32))
+
+
 def test_text_table_is_untouched_and_attributes_of_the_tower_follow():
     model = TwoTowers(patch_size=4, context_length=65)  # as long as the tower's table
     before = model.positional_embedding.detach().clone()
@@ -164,6 +180,25 @@ def test_identity_hooks_and_training_state_survive():
     model(torch.randn(1, 3, 56, 56)).sum().backward()
     assert calls == [1]
     assert model.patch_embed.proj.weight.grad.shape == (32, 3, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"), [(DinoV2, ["proj", "qkv"]), (MaskedAutoencoder, ["patch_embed.proj", "decoder_pred"])]
+)
+def test_adapters_over_the_projection_and_the_pixel_head_follow(build, targets):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(build(), config).eval()
+    old = anypatch.geometry(model).patch_size[0]
+    assert anypatch.check(model, 2 * old).error < 1e-4
+    x = torch.randn(2, 3, 8 * old, 8 * old)
+    anypatch.adapt(model, 2 * old, keep="grid")
+    shapes = {k: tuple(v.shape) for k, v in model.named_parameters()}
+    factor = next(v for k, v in shapes.items() if "patch_embed.proj.lora_A" in k)
+    assert factor == (2, 3, 2 * old, 2 * old)
+    if build is MaskedAutoencoder:
+        assert next(v for k, v in shapes.items() if "decoder_pred.lora_B" in k) == (3 * (2 * old) ** 2, 2)
+        assert model(x)[1].shape == (2, 16, 3 * (2 * old) ** 2)
 
 
 def test_masks_still_work_after_adapting():
@@ -277,6 +312,18 @@ def test_a_pixel_head_whose_order_is_not_told_is_refused():
         patchify = unpatchify = None
 
     refuses(Silent(), r"decoder_pred.*order")
+
+
+def test_pixels_and_patch_sizes_that_nothing_explains_are_refused():
+    class Renamed(MaskedAutoencoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_rgb, self.decoder_pred = self.decoder_pred, nn.Identity()
+
+    refuses(Renamed(), "Renamed puts patches back together")
+    model = HandMade()
+    model.patch_size = (2, 8)
+    refuses(model, r"patch_size is \(2, 8\), but to_patches cuts patches of 4x8", patch_size=8, keep="grid")
 
 
 def test_sizes_kept_as_one_number_stay_square():

@@ -41,6 +41,7 @@ HOSTS = ("open_clip", "timm", "transformers", "torchvision")
 
 POSITION = re.compile(r"pos(ition)?(al)?s?_?(embed|emb|enc|table)|^pos$|^position(s|al)?$", re.I)
 ROTARY = re.compile(r"rope|rotary|freq", re.I)
+TIME = re.compile(r"tempor|time|frame", re.I)
 RELATIVE = re.compile(r"rel_pos|relative|attn_mask", re.I)
 EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)
 ATTENTION = re.compile(r"attention|attn", re.I)
@@ -370,7 +371,8 @@ def _pixel_heads(model: nn.Module, conv: Any) -> dict[str, tuple[int, str]]:
     pixels = math.prod(conv.stride)
     heads: dict[str, tuple[int, str]] = {}
     for path, module in model.named_modules():
-        if not PIXELS.search(path) or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        named = re.sub(r"\.(base_layer|lora_B\..*)$", "", path)  # adapters over the head write the same pixels
+        if not PIXELS.search(named) or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             continue
         if isinstance(module, CONVOLUTIONS) and set(module.kernel_size) != {1}:
             continue
@@ -435,6 +437,7 @@ def _build(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
         for table in layout.tables:
             _set_table(twin, model, table, old, geometry)
     if geometry.patch_size != old.patch_size:
+        _require_named(model, layout)
         for path, (channels, order) in layout.heads.items():
             _set_head(twin.get_submodule(path), path, channels, order, geometry)
     for path, module in twin.named_modules():
@@ -622,6 +625,31 @@ def _follow(value: Any, present: list[Any], following: list[Any], full: str) -> 
 # -- what the rule does not explain ----------------------------------------------------------------------------
 
 
+def _require_named(model: nn.Module, layout: Layout) -> None:
+    """What the patch itself decides must have been found by its name.
+
+    Raises:
+        UnsupportedModelError: patches are put together into pixels, or cut by another size; the message says where.
+    """
+    patch = layout.geometry.patch_size
+    for path, module in model.named_modules():
+        puts = callable(getattr(module, "unpatchify", None)) or isinstance(module, nn.Fold)
+        puts = puts or (isinstance(module, nn.PixelShuffle) and module.upscale_factor == patch[-1])
+        if puts and not layout.heads:
+            raise UnsupportedModelError(
+                f"{path or type(model).__name__} puts patches back together into pixels, and no layer that predicts "
+                f"them is named like one"
+            )
+    for ancestor in _ancestors(layout.stem):
+        value = vars(model.get_submodule(ancestor)).get("patch_size")
+        size = (value, value) if type(value) is int else _ints(value)
+        if size is not None and patch[-len(size) :] != size and size != patch:
+            raise UnsupportedModelError(
+                f"{ancestor + '.' if ancestor else ''}patch_size is {value}, but {layout.stem} cuts patches of "
+                f"{show(patch)}: which of them follows cannot be told"
+            )
+
+
 def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
     """Nothing else in the part that the stem belongs to may depend on the grid.
 
@@ -658,7 +686,11 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
         elif isinstance(owner, CONVOLUTIONS):
             if name == "weight" and tensor.shape[1] in counts - widths and set(owner.kernel_size) == {1}:
                 raise GeometryError(f"{full} mixes a fixed number of tokens ({tensor.shape[1]}): {hint}")
-        elif _relative(name) or _may_span(owner, name, tensor) & (counts - widths):
+        elif (
+            _relative(name)
+            or _follows_time(name, tensor, old, new)
+            or _may_span(owner, name, tensor) & (counts - widths)
+        ):
             raise UnsupportedModelError(
                 f"{full}, of shape {tuple(tensor.shape)}, may depend on the grid in a way that anypatch cannot tell "
                 f"for a hand-made model: {hint}"
@@ -675,6 +707,13 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
                 f"{path}.input_resolution ({show(size)}) is of a coarser grid, which anypatch cannot follow in a "
                 f"hand-made model: {hint}"
             )
+
+
+def _follows_time(name: str, tensor: Tensor, old: Geometry, new: Geometry) -> bool:
+    """Whether a tensor is named like a table over a video's time axis, which changes."""
+    assert old.grid is not None
+    assert new.grid is not None
+    return len(old.grid) == 3 and old.grid[0] != new.grid[0] and bool(TIME.search(name)) and old.grid[0] in tensor.shape
 
 
 def _may_span(owner: nn.Module, name: str, tensor: Tensor) -> set[int]:
