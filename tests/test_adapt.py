@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError, twins
+from anypatch.empty import empty
 
 
 def vit(**kwargs: Any) -> nn.Module:
@@ -188,7 +189,7 @@ def test_compiles_afterwards_and_when_compiled_before() -> None:
 
 
 def test_the_global_random_state_is_left_alone() -> None:
-    model = vit()
+    model = clip_tower()  # its constructor draws the class embedding at random
     torch.manual_seed(7)
     state = torch.get_rng_state()
     anypatch.adapt(model, 32)
@@ -249,6 +250,39 @@ def test_modules_to_save_are_adapted_with_the_original() -> None:
     assert wrapper.modules_to_save["default"].proj.weight.shape[-1] == 32
     assert wrapper.modules_to_save["default"].grid_size == (2, 2)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+def clip_tower() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    return transformers.CLIPVisionModel(config).eval()
+
+
+def test_an_adapter_of_transformers_sees_the_new_configuration() -> None:
+    model = lora(clip_tower(), ["q_proj"])
+    config, inner = model.config, model.get_base_model()
+    assert config is inner.config
+    anypatch.adapt(model, 32)
+    assert inner.config.patch_size == 32
+    assert model.config is inner.config
+    assert model.base_model.config is inner.config
+    assert config.patch_size == 16  # another model may have been built from it
+
+
+def test_a_wrapper_of_the_users_own_sees_the_new_configuration() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = clip_tower()
+            self.settings = {"vision": self.backbone.config}
+            self.head = nn.Linear(32, 3)
+
+    model = Classifier()
+    anypatch.adapt(model, 32)
+    assert model.settings["vision"] is model.backbone.config
+    assert model.settings["vision"].patch_size == 32
 
 
 # -- what must follow ---------------------------------------------------------------------------------------
@@ -380,8 +414,27 @@ def test_unknown_kernel_lists_the_known_ones() -> None:
     assert snapshot(model) == before
 
 
+def test_modules_that_are_replaced_keep_the_training_mode() -> None:
+    class Stem(nn.Module):
+        def __init__(self, patch: int, image: int) -> None:
+            super().__init__()
+            self.patch_size, self.img_size = patch, image
+            self.proj = nn.Conv2d(3, 4, patch, patch)
+            self.pool = nn.Identity() if image // patch > 2 else nn.Dropout(0.5)
+
+    from anypatch.geometry import Geometry
+    from anypatch.resize import as_method
+
+    live = Stem(16, 64).train()
+    subject = twins.Subject(live, Geometry((16, 16), (64, 64)), lambda g: Stem(g.patch_size[0], g.image_size[0]).eval())
+    twins.Plan(subject, Geometry((32, 32), (64, 64)), as_method("pi")).apply()
+    assert isinstance(live.pool, nn.Dropout)
+    assert live.pool.training
+    assert live.proj.weight.shape == (4, 3, 32, 32)
+
+
 def test_twins_hold_no_memory() -> None:
-    twin = twins.empty(lambda: timm.create_model("vit_large_patch16_224"))
+    twin = empty(lambda: timm.create_model("vit_large_patch16_224"))
     assert all(p.is_meta for p in twin.parameters())
 
 

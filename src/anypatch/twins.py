@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
+from anypatch.empty import empty
 from anypatch.errors import UnsupportedModelError
 from anypatch.geometry import Geometry, show
 from anypatch.roles import Case, Facts, Role, changed_axes, role_of
 from anypatch.values import MISSING, Merger, like, same, same_tensor
 
 # nn.Module's own bookkeeping; parameters, buffers and children are diffed on their own.
-BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {
-    "training",
+BOOKKEEPING = frozenset(vars(nn.Module())) | {
     "_compiled_call_impl",
     "_is_hf_initialized",
 }
@@ -65,54 +64,6 @@ class Change:
     new: Any
 
 
-def empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model with parameters on the meta device and real buffers, leaving the random state alone.
-
-    A few constructors read their parameters' values, or compute buffers on their parameters' device; those are
-    built for real, without random initialisation.
-    """
-    from accelerate import init_empty_weights
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            with init_empty_weights(include_buffers=False), _NoFill():
-                twin = build()
-            if not any(buffer.is_meta for buffer in twin.buffers()):
-                return twin
-        except (NotImplementedError, RuntimeError):
-            pass
-        with _NoInit():
-            return build()
-
-
-class _NoInit(TorchFunctionMode):
-    """Skips the in-place random fills that make up most of a constructor's time."""
-
-    FILLS = frozenset(("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_"))
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in self.FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-class _NoFill(TorchFunctionMode):
-    """Skips in-place arithmetic on meta tensors, which changes nothing and is most of an empty build's time."""
-
-    FILLS = _NoInit.FILLS | {"clamp_", "mul_", "add_", "sub_", "div_", "zero_", "fill_", "ones_", "zeros_", "constant_"}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in self.FILLS:
-            target = args[0] if args else (kwargs or {}).get("tensor")
-            if isinstance(target, Tensor) and target.is_meta:
-                return target
-        return func(*args, **(kwargs or {}))
-
-
 class Plan:
     """Everything that has to change in a live model, computed before anything is changed."""
 
@@ -126,7 +77,7 @@ class Plan:
         self._buffer_roles: dict[tuple[int, str], Role] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor | None, bool]] = []
         self._attributes: list[tuple[nn.Module, str, Any]] = []
-        self._modules: list[tuple[nn.Module, str, nn.Module]] = []
+        self._modules: list[tuple[nn.Module, str, nn.Module | None]] = []
         self._merger = Merger()
         old, new = self._twins()
         self._probe = self._probe_twin(old)
@@ -141,8 +92,6 @@ class Plan:
         subject = self.subject
         old = empty(lambda: subject.build(subject.geometry))
         new = empty(lambda: subject.build(self.target))
-        for twin in (old, new):
-            twin.train(subject.part.training)
         return old, new
 
     def _probe_twin(self, old: nn.Module) -> nn.Module | None:
@@ -212,9 +161,9 @@ class Plan:
             )
         parent_path, _, name = path.rpartition(".")
         for parent in self._resolve(parent_path, None):
-            if new is not None:
-                self._modules.append((parent, name, copy.deepcopy(new)))
-                self.changes.append(Change(path, "module", type(old).__name__, type(new).__name__))
+            child = None if new is None else copy.deepcopy(new).train(parent.training)
+            self._modules.append((parent, name, child))
+            self.changes.append(Change(path, "module", type(old).__name__, type(new).__name__))
 
     def _resolve(self, path: str, twin: nn.Module | None) -> list[nn.Module]:
         """The live modules that stand where ``path`` is in the twins.
@@ -412,7 +361,10 @@ class Plan:
         try:
             for parent, name, child in self._modules:
                 undo.append(_restore(parent._modules, name))
-                parent._modules[name] = child
+                if child is None:
+                    del parent._modules[name]
+                else:
+                    parent._modules[name] = child
             for parameter, data in self._data.values():
                 undo.append(_restore_parameter(parameter))
                 parameter.grad = None
