@@ -32,7 +32,7 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
             plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(plain.numpy().tobytes())
+            digest.update(plain.numpy().data)
     return digest.hexdigest()
 
 

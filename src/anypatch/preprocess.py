@@ -31,6 +31,7 @@ class Preprocess:
         mode: ``"center"`` resizes the shorter side and cuts the middle; ``"squash"`` resizes both sides;
             ``"pad"`` resizes the longer side and pads.
         fill: colour of the padding.
+        rounds_down: whether half a pixel beside the cut is rounded down (transformers) or to even (torchvision).
         note: anything about it that the user should know; empty if nothing.
     """
 
@@ -40,6 +41,7 @@ class Preprocess:
     crop: float = 1.0
     mode: str = "center"
     fill: tuple[int, ...] = (0, 0, 0)
+    rounds_down: bool = False
     note: str = ""
 
     @property
@@ -55,15 +57,21 @@ class Preprocess:
         target = self._resized(image, size)
         if target != image.size:
             image = image.resize(target, resample)
-        left = round((image.width - size[1]) / 2.0)
-        top = round((image.height - size[0]) / 2.0)
+        (left, from_left), (top, from_top) = (
+            self._corner(have, want) for have, want in ((image.width, size[1]), (image.height, size[0]))
+        )
+        image = image.crop((left, top, min(left + size[1], image.width), min(top + size[0], image.height)))
         if image.size == (size[1], size[0]):
             return image
-        if image.width >= size[1] and image.height >= size[0]:
-            return image.crop((left, top, left + size[1], top + size[0]))
         canvas = Pillow.new(image.mode, (size[1], size[0]), self.fill[0] if self.channels == 1 else self.fill)
-        canvas.paste(image, (-((image.width - size[1]) // 2), -((image.height - size[0]) // 2)))
+        canvas.paste(image, (from_left, from_top))
         return canvas
+
+    def _corner(self, have: int, want: int) -> tuple[int, int]:
+        """Along one axis, where to start cutting, and how much to pad before."""
+        if have < want:
+            return 0, (want - have) // 2
+        return (have - want) // 2 if self.rounds_down else round((have - want) / 2.0), 0
 
     def _resized(self, image: Image, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) to resize to, before cropping or padding."""
@@ -230,7 +238,7 @@ def _from_processor(processor: Any) -> Preprocess:
     usual = getattr(processor, "do_normalize", True)
     mean = tuple(processor.image_mean) if usual else (0.0, 0.0, 0.0)
     std = tuple(processor.image_std) if usual else (1.0, 1.0, 1.0)
-    return Preprocess(mean, std, Pillow.Resampling(number).name.lower(), crop, mode)
+    return Preprocess(mean, std, Pillow.Resampling(number).name.lower(), crop, mode, rounds_down=True)
 
 
 def _interpolation(name: Any) -> str:

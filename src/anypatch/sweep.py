@@ -322,7 +322,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.sets, self.watched = self.collections.sets, self.collections.watched
         self.own = geometry(self.model)
-        self.weights = weights_hash(self.model)
+        self.weights: dict[Geometry, str] = {}
         self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         count = len(self.sets[self.watched]) if self.watched else 0
         chosen = np.linspace(0, count - 1, min(PATCH_IMAGES, count)).round().astype(int)
@@ -338,7 +338,7 @@ class _Job:
         costs = {}
         for place, target in enumerate(distinct):
             self.progress(f"timing patch {show(target.patch_size)}", place, len(distinct))
-            costs[target] = self.team.lead(lambda target=target: self._cost(target))  # type: ignore[misc]
+            self.weights[target], costs[target] = self.team.lead(lambda target=target: self._cost(target))  # type: ignore[misc]
         found = {}
         for target in distinct:
             subject = _Lazy(lambda target=target: self._reader(target))  # type: ignore[misc]
@@ -361,16 +361,17 @@ class _Job:
         return key_of(
             {
                 "version": __version__,
-                "weights": self.weights,
+                "weights": self.weights[target],
                 "patch": target.patch_size,
                 "image": target.image_size,
-                "kernel": None if self._is_native(target) else self.kernel,
-                "dtype": str(self.dtype),
                 **parts,
             }
         )
 
-    def _cost(self, target: Geometry) -> dict[str, Any]:
+    def _cost(self, target: Geometry) -> tuple[str, dict[str, Any]]:
+        """A hash of the adapted weights, which tells whether cached features are theirs, and what they cost."""
+        reader = self._reader(target)
+        self.weights[target] = weights_hash(reader.model)
         device = self.team.device
         machine = platform.processor() or platform.machine()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine
@@ -381,9 +382,9 @@ class _Job:
             shape = (self.batch_size, self.preprocess.channels, *target.image_size)
             generator = torch.Generator().manual_seed(0)
             pixels = torch.randn(shape, generator=generator, dtype=torch.float32).to(device, self.dtype)
-            known = measure_cost(self._reader(target), pixels)
+            known = measure_cost(reader, pixels)
             self.cache.store_json(key, "cost", known)
-        return known
+        return self.weights[target], known
 
     def _extract(self, reader: _Lazy, target: Geometry, name: str) -> _Extracted:
         """Features of an image set: each process computes its shards, then everyone has all."""

@@ -1,0 +1,46 @@
+"""Small labelled pictures for tests: squares of a class's own colour on noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+COLOURS = {"blue": (40, 60, 230), "green": (40, 200, 60), "red": (220, 40, 40)}
+
+
+def picture(colour: tuple[int, int, int], seed: int, height: int = 44, width: int = 60) -> NDArray[np.uint8]:
+    """One picture; its seed decides the noise and where the square is."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(60, 190, (height, width, 3))
+    top, left = generator.integers(0, height - 20), generator.integers(0, width - 24)
+    pixels[top : top + 20, left : left + 24] = colour
+    return pixels.astype(np.uint8)
+
+
+def write(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
+    """Write one picture as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(colour, seed)).save(path)
+    return path
+
+
+def image_folder(root: Path, count: int = 6, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
+    """`root/CLASS/*.png`, `count` pictures of each class."""
+    for number, name in enumerate(classes):
+        for index in range(count):
+            colour = COLOURS.get(name, (90 * number, 30, 200))
+            write(root / name / f"{index}.png", colour, 100 * number + index)
+    return root
+
+
+def split_folder(root: Path, train: int = 8, test: int = 4, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
+    """`root/train/CLASS/*.png` and `root/val/CLASS/*.png`."""
+    image_folder(root / "train", train, classes)
+    for number, name in enumerate(classes):
+        for index in range(test):
+            colour = COLOURS.get(name, (90 * number, 30, 200))
+            write(root / "val" / name / f"{index}.png", colour, 5000 + 100 * number + index)
+    return root
