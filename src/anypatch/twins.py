@@ -253,7 +253,7 @@ class Plan:
         role = role_of(case)
         with torch.no_grad():
             new = role.apply(parameter.detach())
-        self._data[id(parameter)] = (parameter, new.to(parameter.dtype))
+        self._data[id(parameter)] = (parameter, new)
         self._roles[id(parameter)] = role
         self.changes.append(Change(case.name, role.text, tuple(parameter.shape), tuple(new.shape)))
 
