@@ -337,13 +337,13 @@ def page(result: DemoResult) -> str:
         "All numbers on this page were measured when it was made."
     )
     facts = [("Original, patch 4", _percent(original.accuracy), f"of {result.images} unseen digits right")]
-    for series, note in (("grid", "same grid"), ("random", "kernel drawn anew, same grid")):
+    for series, note in (("grid", "same grid, no training"), ("random", "as when mismatched sizes are ignored")):
         rows = [row for row in result.rows if row.series == series and row is not original]
         if rows:
             low, high = min(row.accuracy for row in rows), max(row.accuracy for row in rows)
             sizes = f"{rows[0].patch_size} to {rows[-1].patch_size}"
             span = f"{100 * low:.1f}–{_percent(high)}" if _percent(low) != _percent(high) else _percent(low)
-            name = "anypatch, patch" if series == "grid" else "Without anypatch, patch"
+            name = "anypatch, patch" if series == "grid" else "Kernel drawn anew, patch"
             facts.append((f"{name} {sizes}", span, note))
     measured = (
         f"{result.images} held-out images of scikit-learn’s digits (8×8, enlarged to {IMAGE_SIZE}×{IMAGE_SIZE}), "
@@ -355,7 +355,8 @@ def page(result: DemoResult) -> str:
         f"{torch.__version__}. Accuracy and features repeat; images per second depend on the machine and on what "
         f"else it is doing. Each rate is the best of {ROUNDS} batches, taken in turns. “Kernel drawn anew” is one draw "
         "from a normal distribution (standard deviation 0.02, seed 0), as when transformers loads a model with "
-        "ignore_mismatched_sizes=True; “kernel interpolated” is bicubic, scaled to keep the response."
+        "ignore_mismatched_sizes=True; “kernel interpolated” is bicubic, scaled to keep the response. In anypatch’s "
+        "repository, python tools/train_demo.py trains the original again, from a fixed seed."
     )
     sizes = f"{smallest} to {largest}" if changed else str(smallest)
     return template.substitute(
@@ -423,7 +424,7 @@ def _chart(
     lines = {s: result.of(s) for s in every if any(row.series == s for row in result.rows)}
     values = [value(row) for rows in lines.values() for row in rows]
     step = 0.25 if top is not None else _round_step(max(values) / 4)
-    bottom = math.floor(min([*values, 0.0]) / step) * step
+    bottom = math.floor(min([*(amount + 0.05 for amount in values), 0.0]) / step) * step
     ceiling = top if top is not None else math.ceil(max(values) / step) * step
     sizes = sorted({row.patch_size for rows in lines.values() for row in rows})
     span = math.log(sizes[-1] / sizes[0]) or 1.0
@@ -508,7 +509,7 @@ def _panel(result: DemoResult, digit: int) -> str:
         note = {
             "grid": "the image grows with the patch",
             "image": f"{IMAGE_SIZE}×{IMAGE_SIZE} pixels, fewer or more patches",
-            "random": "what loading with mismatched sizes ignored gives",
+            "random": "as when a library ignores mismatched sizes on loading",
         }[series]
         cards = "".join(
             _card(view, digit, view.row is result.original)
@@ -527,9 +528,9 @@ def _card(view: View, digit: int, original: bool) -> str:
     name = f"handwritten {digit} at {row.image_size} pixels, cut into {row.grid}×{row.grid} patches"
     features = f"features of the {row.grid}×{row.grid} patches at patch size {row.patch_size}, as colours"
     right = view.answer == digit
-    verdict = f"reads {view.answer}, {view.confidence:.0%}"
+    verdict = f'reads {view.answer}<span class="sure">, {view.confidence:.0%}</span>'
     if not right:
-        verdict = f'<span class="wrong">✗ {escape(verdict)}</span>'
+        verdict = f'<span class="wrong">✗ {verdict}</span>'
     size = f"{row.image_size} px" + (", original" if original else "")
     return (
         f'<figure class="view"><div class="{"pair first" if original else "pair"}">'
