@@ -299,3 +299,51 @@ class Video(nn.Module):
         if self.joint:
             return self.block(x.flatten(1, 2) + self.pos_embed)
         return self.block((x + self.pos_embed[:, None] + self.temporal_embed[:, :, None]).flatten(1, 2))
+
+
+class WindowedMap(nn.Module):
+    """SAM's image encoder: a position map, and decomposed relative tables of a window and of the whole grid."""
+
+    class Attention(nn.Module):
+        def __init__(self, size: tuple[int, int]) -> None:
+            super().__init__()
+            self.rel_pos_h = nn.Parameter(torch.randn(2 * size[0] - 1, 16))
+            self.rel_pos_w = nn.Parameter(torch.randn(2 * size[1] - 1, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            height, width = x.shape[1:3]
+            rows, columns = torch.arange(height), torch.arange(width)
+            rows = F.interpolate(self.rel_pos_h.T[None], 2 * height - 1)[0].T[rows[:, None] - rows + height - 1]
+            columns = F.interpolate(self.rel_pos_w.T[None], 2 * width - 1)[0].T[columns[:, None] - columns + width - 1]
+            bias = (
+                torch.einsum("bhwc,hkc->bhwk", x, rows)[..., None]
+                + torch.einsum("bhwc,wkc->bhwk", x, columns)[..., None, :]
+            )
+            return torch.einsum("bhwkl,bklc->bhwc", bias.flatten(-2).softmax(-1).unflatten(-1, (height, width)), x)
+
+    class Block(nn.Module):
+        def __init__(self, grid: tuple[int, int], window_size: int) -> None:
+            super().__init__()
+            self.window_size = window_size
+            self.attn = WindowedMap.Attention((window_size, window_size) if window_size else grid)
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = self.window_size
+            if not size:
+                return x + self.attn(x)
+            b, h, w, c = x.shape
+            windows = x.reshape(b, h // size, size, w // size, size, c).transpose(2, 3)
+            y = self.attn(windows.reshape(-1, size, size, c)).reshape(windows.shape)
+            return x + y.transpose(2, 3).reshape(b, h, w, c)
+
+    def __init__(self, img_size: int | tuple[int, int] = 32, patch_size: int = 8) -> None:
+        super().__init__()
+        self.img_size = img_size
+        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+        grid = (sides[0] // patch_size, sides[1] // patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 16, patch_size, patch_size)})
+        self.pos_embed = nn.Parameter(torch.randn(1, *grid, 16))
+        self.blocks = nn.Sequential(self.Block(grid, 2), self.Block(grid, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.patch_embed["proj"](x).permute(0, 2, 3, 1) + self.pos_embed)

@@ -14,13 +14,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import anypatch
-from hub_models import Attention, Block, Dino, DinoV2, HandMade, MaskedAutoencoder, PairPatchEmbed, TwoTowers, Video
+from hub_models import (
+    Attention,
+    Block,
+    Dino,
+    DinoV2,
+    HandMade,
+    MaskedAutoencoder,
+    PairPatchEmbed,
+    TwoTowers,
+    Video,
+    WindowedMap,
+)
 
 MODELS = {
     "dino": (Dino, (12, 16)),
     "dinov2": (DinoV2, (16, 28)),
     "mae": (MaskedAutoencoder, (12, (16, 10))),
     "two towers": (TwoTowers, (12,)),
+    "windowed map": (WindowedMap, (12, 16)),
     "video": (Video, ((3, 12, 12), (2, 12, 12))),
     "video, separate tables": (lambda: Video(joint=False), ((2, 16, 16), 12)),
     **{
@@ -151,6 +163,21 @@ def test_video_tables_over_space_and_over_both():
         torch.testing.assert_close(model.pos_embed.detach(), torch.cat(expected, 1))
         assert (model.patch_size, model.tubelet_size, model.num_frames, model.img_size) == (16, 2, 4, 32)
     refuses(Video(joint=False), "temporal_embed", image_size=(8, 32, 32))
+
+
+def test_relative_tables_of_the_grid_follow_and_those_of_a_window_stay():
+    model = WindowedMap().eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    assert anypatch.geometry(model).prefix_tokens == 0
+    anypatch.adapt(model, 4, kernel="bicubic")
+    reference = WindowedMap(32, 4).eval()
+    state["patch_embed.proj.weight"] = kernel_of(state["patch_embed.proj.weight"], (4, 4))
+    state["pos_embed"] = grid_of(state["pos_embed"].flatten(1, 2), (4, 4), (8, 8), 0).unflatten(1, (8, 8))
+    for key in ("blocks.1.attn.rel_pos_h", "blocks.1.attn.rel_pos_w"):
+        state[key] = F.interpolate(state[key].T[None], size=15, mode="linear")[0].T
+    reference.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-4)
 
 
 def test_text_table_is_untouched_and_attributes_of_the_tower_follow():
@@ -331,6 +358,15 @@ def test_sizes_kept_as_one_number_stay_square():
     refuses(DinoV2(), r"patch_size is one number", anypatch.GeometryError, patch_size=(14, 7), keep="grid")
     refuses(Dino(), r"square|one number", anypatch.GeometryError, image_size=(32, 64))
     refuses(DinoV2(), r"interpolate_pos_encoding.*square", anypatch.GeometryError, image_size=(56, 84))
+
+
+def test_check_says_when_a_model_needs_other_inputs():
+    class TwoInputs(Dino):
+        def forward(self, x, times):
+            return super().forward(x) + times
+
+    with pytest.raises(anypatch.UnsupportedModelError, match=r"TwoInputs takes other inputs than pixels.*times"):
+        anypatch.check(TwoInputs(), 12)
 
 
 def test_windowed_attention_on_coarser_grids_is_refused():

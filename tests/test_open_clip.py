@@ -145,6 +145,7 @@ def test_attention_pool_of_a_timm_tower_follows_the_grid():
     anypatch.adapt(model, image_size=112)
     pool = model.visual.head.pool
     assert pool.feat_size == (7, 7)
+    assert model.visual.trunk.pretrained_cfg["pool_size"] == (7, 7)  # which open_clip sizes the pool by
     grid = table[1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(7, 7), mode="bicubic", antialias=True).flatten(2)[0].T
     torch.testing.assert_close(pool.pos_embed, torch.cat([table[:1], grid]))

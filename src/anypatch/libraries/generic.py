@@ -18,6 +18,7 @@ class at that geometry, then ``model.load_state_dict(safetensors.torch.load_file
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -152,7 +153,7 @@ def _layout(model: nn.Module) -> Layout:
         image = _image_from_table(model, stem, patch)
     geometry = Geometry(patch, image, 0, NAME)
     part, tables = _tables(model, stem, geometry)
-    prefix = next((t.prefix for t in tables if len(t.axes) == 1), None)
+    prefix = next((t.prefix for t in tables if len(t.axes) == 1 and t.prefix >= 0), None)
     if prefix is None:
         prefix = class_tokens(model.get_submodule(part))
     _require_vit(model, stem, tables)
@@ -309,7 +310,7 @@ def _tables(model: nn.Module, stem: str, geometry: Geometry) -> tuple[str, tuple
         (a for a in _ancestors(stem) if any(t.path == a or t.path.startswith(f"{a}.") or not a for t in found)), ""
     )
     inside = [t for t in found if _within(t.path, part)]
-    prefix = inside[0].prefix if inside else 0
+    prefix = next((t.prefix for t in inside if t.prefix >= 0), 0)
     outside = [t for t in found if t not in inside and len(t.axes) == 1 and t.prefix in (0, prefix)]
     return part, (*inside, *outside)
 
@@ -677,7 +678,7 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
         )
     for path, name, tensor in _tensors(model, layout.part):
         full = f"{path}.{name}" if path else name
-        if (path, name) in known or _enumerates(tensor, old) is not None:
+        if (path, name) in known or _enumerates(tensor, old) is not None or _of_window(model, path, name, tensor, old):
             continue
         owner = model.get_submodule(path)
         if isinstance(owner, nn.Linear):
@@ -707,6 +708,24 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
                 f"{path}.input_resolution ({show(size)}) is of a coarser grid, which anypatch cannot follow in a "
                 f"hand-made model: {hint}"
             )
+
+
+def _of_window(model: nn.Module, path: str, name: str, tensor: Tensor, old: Geometry) -> bool:
+    """Whether a relative table or index is over a window that is smaller than the grid."""
+    if not _relative(name) or tensor.ndim == 0:
+        return False
+    assert old.grid is not None
+    for ancestor in [path, *_ancestors(path)] if path else [path]:
+        value = vars(model.get_submodule(ancestor)).get("window_size")
+        window = (value, value) if type(value) is int else _ints(value)
+        if (
+            window is not None
+            and len(window) == 2
+            and all(0 < w < g for w, g in zip(window, old.grid[-2:], strict=True))
+        ):
+            offsets = math.prod(2 * w - 1 for w in window)
+            return tensor.shape[0] in {*(2 * w - 1 for w in window), offsets, offsets + 3, math.prod(window)}
+    return False
 
 
 def _follows_time(name: str, tensor: Tensor, old: Geometry, new: Geometry) -> bool:
@@ -754,11 +773,13 @@ def example(model: nn.Module, geometry: Geometry) -> Example:
 
 def _call(model: nn.Module, pixels: Tensor) -> Any:
     try:
-        return model(pixels)
+        inspect.signature(model.forward).bind(pixels)
     except TypeError as error:
         raise UnsupportedModelError(
-            f"the forward of {type(model).__name__} needs more than pixels, which check does not feed yet: {error}"
+            f"the forward of {type(model).__name__} takes other inputs than pixels, which check does not feed yet: "
+            f"{error}"
         ) from error
+    return model(pixels)
 
 
 def _masked(head: str) -> Callable[[nn.Module, Tensor], Any]:
