@@ -15,13 +15,13 @@ import os
 import sys
 from pathlib import Path
 
-import dinov2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 import anypatch
+import dinov2
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -29,7 +29,7 @@ CLASSES = (
     "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()  # noqa: SIM905
 )
 PATCHES = (7, 14, 16, 28, 56)
-TRAIN, TEST = 200, 300  # images: enough to tell patch sizes apart, few enough for a laptop
+TRAIN, TEST = 400, 800  # images: enough to tell patch sizes apart, few enough for a laptop
 
 
 def fashion_mnist() -> Path:

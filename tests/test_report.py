@@ -107,7 +107,8 @@ def test_front_and_best_are_said(report: Path) -> None:
     assert found.pareto("gflops") == [True, False, True]
     assert found.pareto("images_per_second") == [True, False, True]
     page = report.read_text()
-    assert "The best accuracy is 0.930, at patch 7" in page
+    assert "The best accuracy is 0.930, at patch 7 with 60 GFLOPs per image (6.7 times" in page
+    assert "against 0.900 for the native model" in page
     assert page.count("Pareto front: patch 7, 28.</figcaption>") == 2
     assert len(re.findall(r'<g class="point best"', page)) == 4
 

@@ -87,17 +87,23 @@ def _lead(result: SweepResult) -> str:
     ]
     quality = result.quality
     if quality is not None:
-        best = max((r for r in result.rows if r.get(quality) is not None), key=lambda r: (r[quality], -r["gflops"]))
-        parts.append(
-            f"The best {quality} is {format_number(quality, best[quality])}, at patch {_size(best['patch_size'])}"
-            f" with {format_number('gflops', best['gflops'])} GFLOPs per image"
-            f" ({_ratio(best['gflops'], native['gflops'])} the native model's)."
-        )
+        known = [r for r in result.rows if r.get(quality) is not None]
+        # The native size is perfectly faithful to itself, which says nothing.
+        others = [r for r in known if quality == "accuracy" or not _is_native(result, r)]
+        if others:
+            parts.append(_best(max(others, key=lambda r: (r[quality], -r["gflops"])), native, quality))
     return text(" ".join(parts))
 
 
-def _ratio(value: float, reference: float) -> str:
-    return f"{value / reference:.2g} times" if reference else "beside"
+def _best(row: Row, native: Row, quality: str) -> str:
+    against = ""
+    if quality == "accuracy" and native.get(quality) is not None:
+        against = f", against {format_number(quality, native[quality])} for the native model"
+    return (
+        f"The best {quality} is {format_number(quality, row[quality])}, at patch {_size(row['patch_size'])} with "
+        f"{format_number('gflops', row['gflops'])} GFLOPs per image ({row['gflops'] / native['gflops']:.2g} times the "
+        f"native model's){against}."
+    )
 
 
 def _notes(result: SweepResult) -> str:
@@ -124,8 +130,9 @@ def _curves(result: SweepResult) -> str:
     legend = (
         '<p class="legend"><span class="key best"></span>on the Pareto front: nothing cheaper is as good '
         '<span class="key"></span>beaten by another size <span class="key native"></span>the native model'
-        + (", bars: 95 % interval" if quality == "accuracy" else "")
-        + ". Numbers are patch sizes; cheaper is to the left.</p>"
+        + ". Numbers are patch sizes; cheaper is to the left."
+        + (" Bars are 95 % intervals." if quality == "accuracy" else "")
+        + "</p>"
     )
     return (
         '<section aria-labelledby="curves"><h2 id="curves">What a patch size costs, and what it keeps</h2>'
@@ -244,7 +251,7 @@ def _table(result: SweepResult) -> str:
         lines.append(_line(row, names, f' data-index="{index}"', _front(fronts[index]), result.quality))
     if not any(_is_native(result, row) for row in result.rows):
         lines.append(_line(result.native, names, ' class="native"', "native model", result.quality))
-    last = '<th scope="col">Pareto front</th>' if result.quality else ""
+    last = '<th scope="col">on front of</th>' if result.quality else ""
     meanings = "".join(f"<dt>{text(COLUMNS[n][0])}</dt><dd>{text(COLUMNS[n][1])}</dd>" for n in names)
     method = f"<p>Accuracy is that of {text(METHODS[by])}.</p>" if by in METHODS else ""
     return (
@@ -257,7 +264,7 @@ def _table(result: SweepResult) -> str:
 
 def _front(on: tuple[bool, ...]) -> str:
     names = [n for n, yes in zip(("GFLOPs", "images/s"), on, strict=True) if yes]
-    return " and ".join(names) or "–"
+    return ", ".join(names) or "–"
 
 
 def _line(row: Row, names: list[str], attributes: str, front: str, quality: str | None) -> str:
@@ -302,6 +309,7 @@ def _about(result: SweepResult) -> str:
         ("timing", f"{said.get('device')}{threads}{processes}, batch {said.get('batch_size')}, {said.get('dtype')}"),
         ("versions", versions),
     ]
+    lines = [(name, value) for name, value in lines if value and "None" not in str(value)]
     items = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in lines)
     return (
         '<section aria-labelledby="about"><h2 id="about">What was measured, and how to measure it again</h2>'

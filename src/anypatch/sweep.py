@@ -27,7 +27,7 @@ from anypatch.cost import measure_cost
 from anypatch.data import Data, ImageSet, decode, labelled, read_class_names, unlabelled, unreadable
 from anypatch.errors import AnypatchError, DataError, GeometryError, UnsupportedModelError
 from anypatch.features import Reader, shared_colours
-from anypatch.geometry import Geometry, Keep, SizeLike, show, target_geometry
+from anypatch.geometry import Geometry, Keep, SizeLike, target_geometry
 from anypatch.metrics import (
     Accuracy,
     fidelity,
@@ -337,7 +337,7 @@ class _Job:
         self.done = 0
         costs = {}
         for place, target in enumerate(distinct):
-            self.progress(f"timing patch {show(target.patch_size)}", place, len(distinct))
+            self.progress(f"timing patch {short(target.patch_size)}", place, len(distinct))
             self.weights[target], costs[target] = self.team.lead(lambda target=target: self._cost(target))  # type: ignore[misc]
         found = {}
         for target in distinct:
@@ -462,7 +462,7 @@ class _Job:
 
     def _tick(self, name: str, target: Geometry, count: int) -> None:
         self.done = min(self.done + count, self.total)
-        self.progress(f"patch {show(target.patch_size)}, {name}", self.done, self.total)
+        self.progress(f"patch {short(target.patch_size)}, {name}", self.done, self.total)
 
     def samples(self, measured: Sequence[_Measured], count: int) -> list[Sample]:
         """Pictures for the report."""
@@ -662,7 +662,7 @@ def geometries_of(
             wrong.append(str(error))
             continue
         if target in targets:
-            wrong.append(f"patch_size {show(target.patch_size)} is given twice")
+            wrong.append(f"patch_size {short(target.patch_size)} is given twice")
         targets.append(target)
     if wrong:
         raise GeometryError("; ".join(wrong))
@@ -771,6 +771,11 @@ def _call(source: str | nn.Module, patch_sizes: Any, **options: Any) -> str:
 def _side(size: Sequence[int]) -> int | list[int]:
     """One number for a square, else [height, width]."""
     return size[0] if len(set(size)) == 1 else list(size)
+
+
+def short(size: Sequence[int]) -> str:
+    """``16`` for a square, else ``16x32``."""
+    return str(_flat(_side(size)))
 
 
 def _flat(value: Any) -> Any:

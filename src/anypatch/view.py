@@ -16,9 +16,9 @@ from anypatch.adapt import adapt
 from anypatch.data import reason
 from anypatch.errors import AnypatchError, DataError
 from anypatch.features import Reader, shared_colours
-from anypatch.geometry import Keep, SizeLike, show
+from anypatch.geometry import Keep, SizeLike
 from anypatch.preprocess import preprocess_of
-from anypatch.sweep import geometries_of, load_model
+from anypatch.sweep import geometries_of, load_model, short
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +69,7 @@ def view(
         views.append(seen)
     maps = [line[0] for line in shared_colours([[f] for f in features])]
     heads = [
-        (f"patch {show(t.patch_size)}", f"image {show(t.image_size)}, {m.shape[0]} x {m.shape[1]} patches")
+        (f"patch {short(t.patch_size)}", f"image {short(t.image_size or ())}, {m.shape[0]} x {m.shape[1]} patches")
         for t, m in zip(targets, maps, strict=True)
     ]
     return _sheet(views, maps, heads, cell)
