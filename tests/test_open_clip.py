@@ -279,6 +279,14 @@ def test_saved_models_load_without_anypatch(build, tmp_path: Path):
     assert torch.equal(model.eval().encode_image(x), y)
 
 
+def test_a_timm_tower_with_its_own_pool_is_saved(tmp_path):
+    model = timm_clip(*TRUNKS[-1][:4])
+    anypatch.adapt(model, image_size=112)
+    anypatch.save(model, tmp_path)
+    x = torch.randn(1, 3, 112, 112)
+    assert torch.equal(open_clip.create_model(f"local-dir:{tmp_path}").eval().encode_image(x), model.encode_image(x))
+
+
 def saved_config(model, directory: Path, **kwargs) -> dict:
     anypatch.save(model, directory, **kwargs)
     return json.loads((directory / "open_clip_config.json").read_text())["model_cfg"]

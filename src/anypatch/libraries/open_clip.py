@@ -300,7 +300,7 @@ def model_config(model: nn.Module, directory: Path, name: str | None = None) -> 
     projection = live.text_projection if own is model else getattr(own, "text_projection", None)
     width = projection.shape[-1] if isinstance(projection, torch.Tensor) else getattr(projection, "out_features", None)
     result: dict[str, Any] = {
-        "embed_dim": cfg.get("embed_dim") or width or _width(tower),
+        "embed_dim": cfg.get("embed_dim") or getattr(tower, "output_dim", None) or width or _width(tower),
         "vision_cfg": vision,
         "text_cfg": text,
     }
@@ -461,9 +461,10 @@ def _name_timm_tower(model: nn.Module, cfg: dict[str, Any], directory: Path) -> 
     tower.mkdir(parents=True, exist_ok=True)
     geometry = trunks.subject(trunk).geometry
     arguments = {k: v for k, v in getattr(trunk, "_model_args", {}).items() if k != "pretrained_model_args"}
-    arguments["patch_size"] = list(geometry.patch_size)
-    if geometry.image_size is not None:
-        arguments["img_size"] = list(geometry.image_size)
+    if not {"img_size", "patch_size"} & arguments.keys():  # a timm that keeps no record of its arguments
+        arguments["patch_size"] = plain(geometry.patch_size)
+        if geometry.image_size is not None:
+            arguments["img_size"] = plain(geometry.image_size)
     save_config_for_hf(trunk, str(tower / "config.json"), model_args=arguments)
     cfg["vision_cfg"]["timm_model_name"] = f"{LOCAL}{tower}"
 
