@@ -129,6 +129,17 @@ class Plan:
             self._diff_parameters(path, owners, lives)
             self._diff_buffers(path, owners, lives)
             self._diff_attributes(path, a, b, lives)
+        self._require_projection_found()
+
+    def _require_projection_found(self) -> None:
+        """The layer that the patch changes in the twins has to be there in the live model."""
+        a, b = self.subject.geometry, self.target
+        if a.patch_size == b.patch_size or any(c.role.startswith("patch projection") for c in self.changes):
+            return
+        raise UnsupportedModelError(
+            f"{type(self.subject.part).__name__} is not laid out as {a.library} builds it from its configuration: "
+            f"it has no layer in the place of the patch projection"
+        )
 
     def _require_projection_follows(self, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
         """The patch may only change if a projection's weight changes with it."""

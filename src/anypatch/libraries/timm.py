@@ -68,7 +68,10 @@ def subject(model: Any) -> Subject:
     def build(geometry: Geometry) -> nn.Module:
         if stem.refusal is not None and geometry.patch_size != stem.geometry.patch_size:
             raise UnsupportedModelError(stem.refusal)
-        return _build(model, geometry, stem)
+        twin = _build(model, geometry, stem)
+        if not _recorded(model) and geometry == stem.geometry:
+            _require_same_layout(model, twin)
+        return twin
 
     return Subject(
         model,
@@ -262,10 +265,24 @@ def _branches(core: Any, geometry: Geometry) -> list[tuple[int, Size]]:
 
 def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
     core = _core(model)
-    kind = type(core).__name__
-    if kind == "TNT":
+    if type(core).__name__ == "TNT":
         return _build_tnt(model, core, geometry)
-    arguments = _arguments(model)
+    sizes = _sizes(model, geometry, stem)
+    try:
+        return _create(model, _arguments(model), sizes)
+    except (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        if isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in str(error):
+            raise  # a constructor that reads its parameters' values is built for real
+        raise UnsupportedModelError(
+            f"timm cannot build {_title(model)} with patch_size {show(geometry.patch_size)} and image_size "
+            f"{show(geometry.image_size)}: {error or type(error).__name__}"
+        ) from error
+
+
+def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
+    """The constructor's arguments that make a model of this geometry."""
+    core = _core(model)
+    kind, arguments = type(core).__name__, _arguments(model)
     assert geometry.image_size is not None
     patch = tuple(p // u for p, u in zip(geometry.patch_size, stem.unit, strict=True))
     if any(p * u != s for p, u, s in zip(patch, stem.unit, geometry.patch_size, strict=True)):
@@ -290,21 +307,39 @@ def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
     if "img_size" not in accepted and not open_ended and "img_size" not in arguments:
         del sizes["img_size"]
     same_patch = geometry.patch_size == stem.geometry.patch_size
-    if same_patch and "patch_size" not in arguments and geometry.kernel_size == geometry.patch_size:
+    if (
+        same_patch
+        and "patch_size" not in arguments
+        and geometry.kernel_size == geometry.patch_size
+        and _recorded(model)
+    ):
         sizes.pop("patch_size", None)
     elif not {"patch_size", "patch_sizes"} & accepted and not open_ended:
         raise UnsupportedModelError(
             f"timm's {_title(model)} takes no patch_size, so no model of its own could hold another patch"
         )
-    try:
-        return _create(model, arguments, sizes)
-    except (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-        if isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in str(error):
-            raise  # a constructor that reads its parameters' values is built for real
-        raise UnsupportedModelError(
-            f"timm cannot build {_title(model)} with patch_size {show(geometry.patch_size)} and image_size "
-            f"{show(geometry.image_size)}: {error or type(error).__name__}"
-        ) from error
+    return sizes
+
+
+def _recorded(model: Any) -> bool:
+    """Whether timm kept what the model was made with: ``create_model`` of timm 1.0.31 and later does."""
+    return "_model_args" in vars(model)
+
+
+def _require_same_layout(model: Any, twin: nn.Module) -> None:
+    """A model whose constructor's arguments are not known has to be one that their defaults give."""
+
+    def layout(module: nn.Module) -> dict[str, Any]:
+        named = [*module.named_parameters(), *module.named_buffers()]
+        return {name.replace("base_layer.", ""): tuple(t.shape) for name, t in named if "lora_" not in name}
+
+    live, built = layout(model), layout(twin)
+    for name in {**live, **built}:
+        if live.get(name) != built.get(name):
+            raise UnsupportedModelError(
+                f"{_title(model)} was made with arguments that timm did not record ({name} is {live.get(name)}, "
+                f"by default {built.get(name)}): make it with timm.create_model of timm 1.0.31 or later"
+            )
 
 
 def _arguments(model: Any) -> dict[str, Any]:
@@ -348,8 +383,9 @@ def _create(model: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> Any
     arguments = {k: v for k, v in arguments.items() if k not in sizes}
     with _constructing(_class(model), sizes):
         twin = timm.create_model(name, **arguments)
-    twin._model_args = {**twin._model_args, **sizes}
-    if "img_size" in sizes:
+    if _recorded(twin):
+        twin._model_args = {**twin._model_args, **sizes}
+    if "img_size" in sizes and hasattr(twin, "_traits"):
         twin._traits = {**twin._traits, "img_size": _pair(sizes["img_size"])}
     return twin
 
@@ -406,8 +442,8 @@ def _build_tnt(model: Any, core: Any, geometry: Geometry) -> Any:
         inner.unfold = nn.Unfold(kernel_size=geometry.patch_size, stride=geometry.patch_size)
     for info in _core(twin).feature_info:
         info["reduction"] = max(geometry.patch_size)
-    twin._traits = {**twin._traits, "img_size": geometry.image_size}
-    twin._model_args = {**twin._model_args, "img_size": geometry.image_size, "patch_size": geometry.patch_size}
+    if hasattr(twin, "_traits"):
+        twin._traits = {**twin._traits, "img_size": geometry.image_size}
     return twin
 
 
@@ -480,18 +516,21 @@ def save(model: nn.Module, directory: Path, **extras: Any) -> None:
     """
     from timm.models import save_for_hf
 
-    _require_rebuildable(model)
+    stem = _stem(model)
+    if not _recorded(model) and type(_core(model)).__name__ != "TNT":
+        extras["model_args"] = {**_sizes(model, stem.geometry, stem), **extras.get("model_args", {})}
+    _require_rebuildable(model, extras.get("model_args", {}))
     save_for_hf(model, str(directory), safe_serialization=True, **extras)
 
 
-def _require_rebuildable(model: Any) -> None:
+def _require_rebuildable(model: Any, arguments: dict[str, Any]) -> None:
     """What timm would build on loading has to have the shapes of the model."""
     import timm
 
     name = model.pretrained_cfg["architecture"]
     advice = "save its state_dict instead, and adapt a fresh model before loading it"
     try:
-        twin = empty(lambda: timm.create_model(name, **_arguments(model)))
+        twin = empty(lambda: timm.create_model(name, **{**_arguments(model), **arguments}))
     except Exception as error:
         raise UnsupportedModelError(f"timm cannot rebuild this {_title(model)} ({error}): {advice}") from error
     saved, rebuilt = model.state_dict(), twin.state_dict()
