@@ -26,11 +26,6 @@ def resample_grid(table: Tensor, axes: Size, new_grid: Size) -> Tensor:
     old_grid = tuple(table.shape[a] for a in axes)
     if old_grid == tuple(new_grid):
         return table.clone()
-    if table.is_meta:
-        shape = list(table.shape)
-        for axis, side in zip(axes, new_grid, strict=True):
-            shape[axis] = side
-        return table.new_empty(shape)
     rest = [a for a in range(table.ndim) if a not in axes]
     order = [*rest, *axes]
     moved = table.permute(order)

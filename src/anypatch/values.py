@@ -168,6 +168,4 @@ class Merger:
 def like(new: Tensor, live: Tensor) -> Tensor:
     """A copy of ``new`` on ``live``'s device and, if both are floating point, in its dtype."""
     dtype = live.dtype if live.is_floating_point() and new.is_floating_point() else new.dtype
-    if live.is_meta:
-        return torch.empty(new.shape, dtype=dtype, device="meta")
     return new.detach().clone().to(device=live.device, dtype=dtype)
