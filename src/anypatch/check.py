@@ -115,7 +115,7 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Give every parameter and every learned statistic a random value that keeps activations of order one."""
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is None or not p.is_floating_point():
+            if p is None or not p.is_floating_point() or not p.numel():
                 continue
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
             if p.ndim >= 2:

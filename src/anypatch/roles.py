@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,8 @@ class Facts:
         projections: paths of the layers that see pixels, where they are known; a convolution elsewhere that follows
             the patch is an error.
         grids: grids besides the main one, at a geometry (further branches).
+        folded: regular expression on a tensor's name -> (outer, inner), for tables that keep ``outer`` grids of
+            ``inner`` values per token in one axis.
         whole_multiples: whether exactness needs whole multiples of the patch (padded or cropped inputs).
     """
 
@@ -41,6 +43,7 @@ class Facts:
     suffix_tokens: int = 0
     projections: tuple[str, ...] = ()
     grids: Callable[[Geometry], list[Size]] = field(default=lambda geometry: [])
+    folded: dict[str, tuple[int, int]] = field(default_factory=dict)
     whole_multiples: bool = False
 
     def order(self, name: str) -> str | None:
@@ -92,6 +95,11 @@ def role_of(case: Case) -> Role:
         return _convolution(case, leaf)
     if isinstance(owner, nn.Linear):
         return _linear(case, leaf)
+    if isinstance(owner, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)):
+        raise UnsupportedModelError(
+            f"{case.name} ({case.shapes}) normalises the values of a patch before they are projected: "
+            f"the stem is not one linear map per patch"
+        )
     return _table(case)
 
 
@@ -100,7 +108,7 @@ def _convolution(case: Case, leaf: str) -> Role:
     assert isinstance(old, _ConvNd)
     assert isinstance(new, _ConvNd)
     if isinstance(old, _ConvTransposeNd):
-        raise UnsupportedModelError(f"{case.name} ({case.shapes}) is a transposed convolution that follows the patch")
+        return _transposed(case, old, new)
     if leaf == "bias" or (set(case.axes) <= {0} and set(new.kernel_size) == {1}):
         return _pixel_rows(case)
     if not set(case.axes) <= set(range(2, len(case.new_shape))):
@@ -132,6 +140,26 @@ def _convolution(case: Case, leaf: str) -> Role:
     size = tuple(new.kernel_size)
     what = "patch projection" if old.kernel_size == old.stride else "patch projection, overlapping"
     return Role(what, lambda w: resize.resize_kernel(w, size, case.method))
+
+
+def _transposed(case: Case, old: nn.Module, new: nn.Module) -> Role:
+    """A transposed convolution that paints one patch per token."""
+    assert isinstance(old, _ConvTransposeNd)
+    assert isinstance(new, _ConvTransposeNd)
+    paints = all(m.kernel_size == m.stride and set(m.padding) == {0} for m in (old, new))
+    if not paints or len(old.kernel_size) != 2 or not set(case.axes) <= {2, 3}:
+        raise UnsupportedModelError(
+            f"{case.name} ({case.shapes}) is a transposed convolution that follows the patch, but does not paint one "
+            f"patch per token"
+        )
+    size, target = old.kernel_size, new.kernel_size
+
+    def paint(w: Tensor) -> Tensor:
+        rows = w.permute(1, 2, 3, 0).flatten(0, 2)
+        resized = resize.resize_pixels(rows, size, target, "c h w")
+        return resized.reshape(w.shape[1], *target, w.shape[0]).permute(3, 0, 1, 2).contiguous()
+
+    return Role("pixel head (transposed convolution)", paint)
 
 
 def _patch_channels(case: Case, axis: int) -> int:
@@ -205,6 +233,9 @@ def _tokens(geometry: Geometry) -> int | None:
 def _table(case: Case) -> Role:
     if len(case.axes) > 1:
         return _map(case)
+    for pattern, (outer, inner) in case.facts.folded.items():
+        if re.search(pattern, case.name):
+            return _folded(case, outer, inner)
     (axis,) = case.axes
     old_n, new_n = case.old_shape[axis], case.new_shape[axis]
     relative = re.search(r"rel", case.name) is not None
@@ -217,6 +248,19 @@ def _table(case: Case) -> Role:
         f"{case.name} ({case.shapes}) follows the geometry, but its {old_n} entries are neither prefix tokens plus a "
         f"{show(case.old.grid)} grid nor relative positions"
     )
+
+
+def _folded(case: Case, outer: int, inner: int) -> Role:
+    """A table whose token axis is folded into one with ``outer`` grids before it and ``inner`` values after it."""
+    (axis,) = case.axes
+
+    def unfold(shape: Iterable[int]) -> TorchSize:
+        sides = list(shape)
+        return TorchSize([*sides[:axis], outer, sides[axis] // (outer * inner), inner, *sides[axis + 1 :]])
+
+    shapes = {"old_shape": unfold(case.old_shape), "new_shape": unfold(case.new_shape)}
+    role = _table(replace(case, **shapes, axes=(axis + 1,), facts=replace(case.facts, folded={})))  # type: ignore[arg-type]
+    return Role(role.text, lambda t: role.apply(t.reshape(unfold(t.shape))).flatten(axis, axis + 2))
 
 
 def _map(case: Case) -> Role:
