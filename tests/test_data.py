@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from anypatch.data import decode, labelled, read_class_names, unlabelled, unreadable
-from anypatch.errors import DataError
+from anypatch.errors import DataError, UnsupportedModelError
 from anypatch.preprocess import Preprocess, preprocess_of
 from pictures import COLOURS, image_folder, picture, split_folder, write
 
@@ -323,6 +323,14 @@ def test_torchvision_preprocessing() -> None:
         # torchvision rounds the crop's corner like us; its resize of a PIL image is Pillow's.
         assert (ours(preprocess, image, (224, 224)) - theirs).abs().max() < 1e-5
     assert "ImageNet" in preprocess_of(model).note
+
+
+def test_channels_of_the_model() -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 8, "num_heads": 1}
+    grey = preprocess_of(timm.create_model("vit_tiny_patch16_224", in_chans=1, **sizes))
+    assert (grey.channels, grey.mean) == (1, (0.5,))
+    with pytest.raises(UnsupportedModelError, match="5 channels"):
+        preprocess_of(timm.create_model("vit_tiny_patch16_224", in_chans=5, **sizes))
 
 
 def test_grey_models_get_grey_pixels(tmp_path: Path) -> None:

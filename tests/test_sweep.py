@@ -140,6 +140,13 @@ def test_keep_grid_and_rectangles(folder: Path) -> None:
     assert list(result.to_pandas()["image_size"]) == [16, "32x64"]
 
 
+def test_grey_model(folder: Path) -> None:
+    result = sweep(vit(in_chans=1), [4, 8], images=folder / "val", limit=6)
+    assert result.rows[1]["fidelity"] == pytest.approx(1, abs=1e-6)
+    assert result.samples[0].image.shape == (32, 32)
+    assert "What the model sees" in result.to_html(folder / "grey.html").read_text()
+
+
 def test_image_size(folder: Path) -> None:
     result = sweep(vit(), [8, 16], image_size=64, images=folder / "val", limit=6)
     assert [r["tokens"] for r in result.rows] == [65, 17]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.adapt import geometry, unwrap
+from anypatch.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,6 +108,9 @@ def preprocess_of(model: nn.Module, source: str | None = None) -> Preprocess:
     Args:
         model: a live model, at any geometry.
         source: where it was loaded from, which for some libraries is the only place that says.
+
+    Raises:
+        UnsupportedModelError: the model takes neither RGB nor grey images.
     """
     inner: Any = unwrap(model)
     library = geometry(model).library
@@ -117,8 +121,25 @@ def preprocess_of(model: nn.Module, source: str | None = None) -> Preprocess:
         "torchvision": _torchvision,
     }.get(library)
     if finder is None:
-        return Preprocess(note=f"{type(inner).__name__} does not say its preprocessing: ImageNet's was used")
-    return finder(inner, source)
+        note = f"{type(inner).__name__} does not say its preprocessing: ImageNet's was used"
+        return _for_channels(Preprocess(note=note), inner)
+    return _for_channels(finder(inner, source), inner)
+
+
+def _for_channels(preprocess: Preprocess, model: Any) -> Preprocess:
+    """Grey models get one mean; models of other inputs than images are refused."""
+    config = getattr(model, "config", None)
+    for said in (getattr(model, "in_chans", None), getattr(config, "num_channels", None)):
+        if isinstance(said, int):
+            if said not in (1, 3):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} takes {said} channels; images have three, or one if grey"
+                )
+            if said != preprocess.channels:
+                mean, std = ((sum(values) / len(values),) * said for values in (preprocess.mean, preprocess.std))
+                return replace(preprocess, mean=mean, std=std)
+            break
+    return preprocess
 
 
 def _timm(model: Any, source: str | None) -> Preprocess:

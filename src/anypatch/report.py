@@ -292,7 +292,7 @@ def _about(result: SweepResult) -> str:
     said = result.settings
     lines: list[tuple[str, Any]] = [
         ("model", f"{said.get('model')}, read with {said.get('library')}"),
-        ("kernel resize", f"{said.get('kernel')}, keeping the {said.get('keep')}"),
+        ("kernel resize", f"{said.get('kernel')}"),
     ]
     for part, facts in (said.get("data") or {}).items():
         classes = f" of {facts['classes']} classes" if facts["classes"] else ""
@@ -301,7 +301,7 @@ def _about(result: SweepResult) -> str:
         count = said.get("patch_fidelity_images")
         near = f"; neighbours are the nearest {said['neighbours']}" if said.get("neighbours") else ""
         lines.append(("fidelity", f"on {said['fidelity_on']}; patch fidelity on {count} of those images{near}"))
-    threads = f", {said['threads']} threads" if said.get("threads") else ""
+    threads = f", {said['threads']} thread{'s' * (said['threads'] > 1)}" if said.get("threads") else ""
     processes = f", {said['processes']} processes" if said.get("processes", 1) > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in (said.get("versions") or {}).items())
     lines += [

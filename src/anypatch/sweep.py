@@ -554,12 +554,22 @@ def _row(
     if collections.watched:
         ours, reference = (m.sets[collections.watched] for m in (measured, native))
         both = sorted(set(ours.patches) & set(reference.patches))
-        row["fidelity"] = fidelity(ours.pooled, reference.pooled)
+        pooled, native_pooled = _same_images(ours, reference)
+        row["fidelity"] = fidelity(pooled, native_pooled)
         row["patch_fidelity"] = patch_fidelity([ours.patches[i] for i in both], [reference.patches[i] for i in both])
-        row["neighbour_agreement"] = neighbour_agreement(ours.pooled, reference.pooled)
+        row["neighbour_agreement"] = neighbour_agreement(pooled, native_pooled)
     if collections.labelled:
         _add_accuracies(row, measured, collections, head, texts)
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _same_images(one: _Extracted, two: _Extracted) -> tuple[NDArray, NDArray]:
+    """Features of the images that both could read (a disk may fail now and then)."""
+    if one.indices == two.indices:
+        return one.pooled, two.pooled
+    both = set(one.indices) & set(two.indices)
+    first, second = (e.pooled[[place for place, i in enumerate(e.indices) if i in both]] for e in (one, two))
+    return first, second
 
 
 def _add_accuracies(

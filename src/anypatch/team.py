@@ -26,7 +26,9 @@ class Team:
         if launched or running:
             from accelerate import PartialState
 
-            state = PartialState(cpu=True) if str(device) == "cpu" else PartialState()
+            # Without being told, accelerate does not join processes that have no accelerator.
+            chosen = _best_device() if device is None else torch.device(device)
+            state = PartialState(cpu=True) if chosen.type == "cpu" else PartialState()
             self.rank, self.size = state.process_index, state.num_processes
             self.device = torch.device(device) if device is not None else state.device
         elif device is not None:

@@ -87,7 +87,7 @@ def text_features(model: nn.Module, names: Sequence[str], source: str | None) ->
     Raises:
         DataError: the model has no text tower, or its tokenizer cannot be found.
     """
-    inner: Any = copy.deepcopy(unwrap(model)).eval()
+    inner: Any = copy.deepcopy(unwrap(model)).cpu().eval()
     prompts = [PROMPT.format(n) for n in names]
     with torch.no_grad():
         if hasattr(inner, "encode_text"):
