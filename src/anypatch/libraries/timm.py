@@ -349,7 +349,17 @@ def _arguments(model: Any) -> dict[str, Any]:
     for name in ("num_classes", "in_chans"):
         if isinstance(getattr(model, name, None), int) and not arguments.get("features_only"):
             arguments[name] = getattr(model, name)
+    if not _recorded(model):
+        arguments.setdefault("in_chans", _channels(model))
     return arguments
+
+
+def _channels(model: Any) -> int:
+    """Channels of the input."""
+    path = _first_layer(model)
+    layer = None if path is None else _layer(model, path)
+    channels = getattr(_core(model), "in_chans", None) or getattr(layer, "in_channels", None)
+    return int(channels or model.pretrained_cfg["input_size"][0])
 
 
 def _class(model: Any) -> type[nn.Module]:
@@ -468,9 +478,8 @@ def example(model: Any, geometry: Geometry) -> Example:
     if hasattr(embed, "backbone") and not isinstance(embed.proj, nn.Identity):
         stem = _stem(model)
         return Example((2, embed.feature_dim, *embed.feature_size), _after_backbone, unit=stem.unit)
-    channels = getattr(core, "in_chans", None) or model.pretrained_cfg["input_size"][0]
     call = _cropping if type(core).__name__ == "CrossVit" else lambda m, pixels: m(pixels)
-    return Example((2, channels, *geometry.image_size), call)
+    return Example((2, _channels(model), *geometry.image_size), call)
 
 
 def _after_backbone(model: Any, features: Tensor) -> Any:
