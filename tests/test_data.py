@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -172,6 +173,17 @@ def test_unreadable_images_are_found_and_left_out(tmp_path: Path) -> None:
     assert set(batches[1].failures) == {2}
     assert str(tmp_path) not in " ".join(batches[0].failures.values())
     assert batches[0].pixels.shape == (1, 3, 16, 16)
+
+
+def test_looking_for_unreadable_images_leaves_warnings_alone(tmp_path: Path) -> None:
+    for index in range(200):
+        (tmp_path / f"{index}.png").write_bytes(b"not a picture")
+    images = unlabelled(tmp_path).test
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        before = list(warnings.filters)
+        assert len(unreadable(images)) == 200
+        assert warnings.filters == before
 
 
 def test_decoding_in_workers_gives_the_same(tmp_path: Path) -> None:

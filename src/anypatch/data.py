@@ -146,10 +146,8 @@ class _Headers:
     def __call__(self, index: int) -> None:
         from PIL import Image as Pillow
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Pillow.open(self.paths[index]):
-                pass
+        with Pillow.open(self.paths[index]):
+            pass
 
 
 @dataclass(frozen=True)
@@ -453,7 +451,9 @@ def unreadable(images: ImageSet, threads: int = 8) -> dict[int, str]:
             return reason(error)
         return ""
 
-    with ThreadPoolExecutor(threads) as pool:
+    # The warnings' state is one for all threads: it is saved and restored here, not in them.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")
         found = list(pool.map(attempt, range(len(images)), chunksize=64))
     return {i: r for i, r in enumerate(found) if r}
 
