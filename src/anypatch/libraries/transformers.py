@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.errors import UnsupportedModelError
+from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries.base import Example, class_tokens
 from anypatch.libraries.processors import follow, resized
@@ -61,6 +61,20 @@ FIXED = (
                   "the patch at 16"),
     (r"swin2sr", "it puts tokens back at the pixels' positions, which fixes the patch at 1"),
 )  # fmt: skip
+
+
+# Models whose forward pass, unlike their constructor, needs the patch size to be one number.
+SQUARE = re.compile(
+    r"data2vec|dpt|timesformer|tipsv2|depth_anything|prompt_depth_anything|sam3|rf_detr|pixio|pixtral|udop|vilt|"
+    r"video_llama_3"
+)
+
+
+# Models whose forward pass takes the table of positions, or the sequence of tokens, for a square.
+SQUARE_GRID = re.compile(
+    r"beit|data2vec|dinov2|dpt|tipsv2|depth_anything|prompt_depth_anything|rf_detr|pixio|internvl|qianfan|timesformer|udop|"
+    r"vilt"
+)
 
 
 @dataclass(frozen=True)
@@ -247,8 +261,25 @@ def _build(model: nn.Module, geometry: Geometry, current: Geometry) -> nn.Module
         for kind, reason in FIXED:
             if re.match(kind, _config(model).model_type):
                 raise UnsupportedModelError(f"{type(model).__name__} cannot change its patch size: {reason}")
+        kinds = (str(_config(model).model_type), str(_parts(model)[0].config.model_type))
+        if len(set(geometry.patch_size[-2:])) > 1 and any(SQUARE.match(kind) for kind in kinds):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} accepts only square patches, not {show(geometry.patch_size)}"
+            )
+    grid = geometry.grid
+    if grid is not None and grid[-2] != grid[-1] and grid != current.grid and _needs_square_grid(model):
+        raise GeometryError(
+            f"{type(model).__name__} takes its positions for a square grid, so image_size "
+            f"{show(geometry.image_size)} with patch_size {show(geometry.patch_size)}, a {show(grid)} grid, does not "
+            f"fit it; give both sides the same number of patches"
+        )
     config = copy.deepcopy(_config(model))
     _write(config, _parts(model), geometry, current)
+    if geometry != current:
+        try:
+            type(config).from_dict(config.to_dict())  # it has to load again
+        except Exception as error:
+            raise _cannot_build(model, geometry, error) from error
     short = copy.deepcopy(config)
     if _shorten(short):
         try:
@@ -257,8 +288,19 @@ def _build(model: nn.Module, geometry: Geometry, current: Geometry) -> nn.Module
             pass
     try:
         return _make(type(model), config)
-    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+    except RuntimeError:  # a constructor that reads its parameters: built for real by the caller
+        raise
+    except Exception as error:
         raise _cannot_build(model, geometry, error) from error
+
+
+def _needs_square_grid(model: nn.Module) -> bool:
+    config = _parts(model)[0].config
+    if getattr(config, "use_absolute_position_embeddings", None) is False:
+        return False
+    kinds = (str(_config(model).model_type), str(config.model_type))
+    heads = re.search(r"ForMaskedImageModeling|ViTMAEForPreTraining", type(model).__name__)
+    return heads is not None or any(SQUARE_GRID.match(kind) for kind in kinds)
 
 
 def _make(cls: type[nn.Module], config: Any) -> nn.Module:
@@ -364,6 +406,12 @@ def _write_counts(config: Any, geometry: Geometry, current: Geometry) -> None:
     for name in ("max_position_embeddings", "num_position_embeddings"):
         if _patch_of(config) and getattr(config, name, None) == old:
             setattr(config, name, new)
+    side = getattr(config, "image_embedding_size", None)  # the grid that SAM's prompts lie on
+    if isinstance(side, int) and side == current.grid[-1] and current.grid[-1] == current.grid[-2]:
+        config.image_embedding_size = geometry.grid[-1]
+    queries = getattr(config, "projector_patch_to_query_dict", None)
+    if queries:
+        config.projector_patch_to_query_dict = {count * new // old: value for count, value in queries.items()}
     tiles = getattr(config, "image_grid_pinpoints", None)
     if tiles and current.image_size and geometry.image_size:
         sides = list(zip(current.image_size[-2:], geometry.image_size[-2:], strict=True))

@@ -1,0 +1,472 @@
+"""transformers: one family of each kind, references where exactness does not hold, configurations, files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import anypatch
+from anypatch import GeometryError, UnsupportedModelError
+from anypatch.adapt import describe, host
+from anypatch.check import check, enlarge, randomise, tensors
+from anypatch.families.transformers import families, tiny
+from anypatch.geometry import Geometry
+from anypatch.libraries.processors import follow, resized
+from anypatch.libraries.transformers import patchify
+from anypatch.resize import Pi
+
+FAMILIES = {family.name: family for family in families()}
+KINDS = [
+    "vit", "deit", "beit", "beit shared", "data2vec-vision", "siglip", "dinov2_with_registers", "dinov3_vit", "swin",
+    "swinv2", "vit_mae", "vit_msn", "ijepa", "yolos", "dpt", "sam", "vitdet", "audio-spectrogram-transformer", "vjepa2",
+    "timesformer", "vivit", "clip, both towers", "siglip2", "groupvit", "x_clip", "depth_anything", "depth_pro",
+    "sam, whole", "seggpt", "layoutlmv3", "vilt", "fuyu", "blip_2", "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v",
+    "got_ocr2", "idefics3", "inkling2", "kimi_k25", "llama4", "llava_next", "minicpmv4_6", "mllama", "molmo2",
+    "muse_glimmer", "paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "radio", "rf_detr",
+]  # fmt: skip
+HEADS = ["vit masked image modelling", "vit_mae pre-training", "videomae pre-training", "clipseg"]
+RECTANGLES = ["vit", "dinov2", "dinov3_vit", "swin", "videomae", "vitdet", "internvl"]
+
+
+def made(name: str) -> Any:
+    """A family's tiny model with random parameters, in evaluation mode."""
+    model = FAMILIES[name].build().eval()
+    with torch.no_grad():
+        randomise(model, torch.Generator().manual_seed(1))
+    return model
+
+
+def doubled(model: nn.Module) -> tuple[int, ...]:
+    patch = anypatch.geometry(model).patch_size
+    return (*patch[:-2], 2 * patch[-2], 2 * patch[-1])
+
+
+def run(model: nn.Module, pixels: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Pixels and what the model makes of them."""
+    subject = describe(model)
+    example = host(model).example(subject.model, subject.geometry)
+    if pixels is None:
+        pixels = torch.randn(example.shape, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return pixels, [t for t in tensors(example.call(model, pixels)) if t.is_floating_point()]
+
+
+def assert_as_built(model: Any) -> None:
+    """The live model computes what a fresh one of its configuration does with its weights."""
+    config = type(model.config).from_dict(json.loads(json.dumps(model.config.to_dict())))
+    fresh = type(model)(config).eval()
+    fresh.load_state_dict(model.state_dict())
+    pixels, found = run(model)
+    _, wanted = run(fresh, pixels)
+    assert len(found) == len(wanted) > 0
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b) or torch.allclose(a, b, atol=1e-6)
+
+
+# -- the proof ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS + HEADS)
+def test_growing_the_patch_is_exact(name: str) -> None:
+    model = FAMILIES[name].build()
+    found = check(model, FAMILIES[name].patch_size or doubled(model))
+    assert found.compared > 0
+    assert found.error < 1e-4
+
+
+@pytest.mark.parametrize("name", RECTANGLES)
+def test_rectangular_patches(name: str) -> None:
+    model = FAMILIES[name].build()
+    patch = anypatch.geometry(model).patch_size
+    assert check(model, (*patch[:-2], 2 * patch[-2], 3 * patch[-1])).passed
+
+
+@pytest.mark.parametrize("name", ["clip", "depth_anything", "qwen2_vl", "vjepa2", "pixtral"])
+def test_square_only_is_said_and_changes_nothing(name: str) -> None:
+    model = made(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    config = model.config.to_json_string()
+    patch = anypatch.geometry(model).patch_size
+    with pytest.raises(UnsupportedModelError, match="only square"):
+        anypatch.adapt(model, (*patch[:-2], 2 * patch[-2], patch[-1]), keep="grid")
+    assert model.config.to_json_string() == config
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_table_that_forward_takes_for_a_square() -> None:
+    model = made("dinov2")
+    with pytest.raises(GeometryError, match="8x12 grid"):
+        anypatch.adapt(model, image_size=(32, 48))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("levit", "patch_embeddings.*four convolutions"),
+        ("segformer", "stages.0.patch_embeddings.proj is a convolution of kernel 7x7 with stride 4x4"),
+        ("hiera", "embeddings.patch_embeddings.projection is a convolution of kernel 7x7"),
+        ("mobilevit", "conv_stem.convolution"),
+        ("swiftformer", "patch_embed.patch_embedding.0"),
+        ("convnext", "dwconv"),
+        ("pvt", "later stages"),
+        ("neomme", "normalises the pixels"),
+        ("gemma4_unified", "patch_ln1"),
+        ("vitpose_backbone", "patch_embeddings.projection.weight.*padding"),
+        ("vitmatte", "decoder"),
+        ("swin2sr", "fixes the patch at 1"),
+        ("minimax_m2 (MiniMax-M2)", "text only: it has no vision tower"),
+        ("qwen2 (Spark-Formalizer-X1)", "text only"),
+        ("blt", "text only"),
+    ],
+)
+def test_refusals_name_the_reason(name: str, reason: str) -> None:
+    assert FAMILIES[name].refused
+    model = FAMILIES[name].build()
+    with pytest.raises(UnsupportedModelError, match=reason):
+        anypatch.adapt(model, patch_size=doubled(model), keep="grid")
+
+
+# -- other grids: against the model built there ------------------------------------------------------------
+
+GRIDS = ["vit", "beit shared", "swin", "swinv2", "yolos", "sam, whole", "vitdet", "videomae", "vjepa2", "dinov3_vit",
+         "gemma3", "aria", "llava_next", "glm4v", "qwen2_5_vl", "minicpmv4_6", "mllama",
+         "audio-spectrogram-transformer"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_everything_that_follows_is_as_in_a_model_built_there(name: str) -> None:
+    model = made(name)
+    image = anypatch.geometry(model).image_size
+    if image is not None:
+        anypatch.adapt(model, image_size=(*image[:-2], 2 * image[-2], 2 * image[-1]))
+        assert_as_built(model)
+    anypatch.adapt(model, doubled(model))
+    assert_as_built(model)
+
+
+def bicubic(table: Tensor, old: int, new: int) -> Tensor:
+    """Rows over an (old, old) grid, resampled without anypatch."""
+    image = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(new, new), mode="bicubic", antialias=True)
+    return image.permute(0, 2, 3, 1).reshape(new * new, -1)
+
+
+def test_shrinking_the_patch_keeps_prefix_tokens_and_resamples_the_grid() -> None:
+    model = made("clip")
+    kernel = model.embeddings.patch_embedding.weight.detach().clone()
+    table = model.embeddings.position_embedding.weight.detach().clone()
+    anypatch.adapt(model, 2, kernel="pi")
+    found = model.embeddings.position_embedding.weight
+    assert torch.allclose(found[:1], table[:1])
+    assert torch.allclose(found[1:], bicubic(table[1:], 4, 8), atol=1e-6)
+    wanted = anypatch.resize_kernel(kernel, 2, "pi")
+    assert torch.equal(model.embeddings.patch_embedding.weight, wanted)
+    assert model.embeddings.position_ids.tolist() == [list(range(65))]
+    assert_as_built(model)
+
+
+def test_detection_tokens_stay_behind_the_grid() -> None:
+    model = made("yolos")
+    name, table = next(
+        (n, p.detach().clone()) for n, p in model.named_parameters() if n.endswith("embeddings.position_embeddings")
+    )
+    anypatch.adapt(model, image_size=(32, 48))
+    found = model.get_parameter(name)
+    assert torch.equal(found[:, -5:], table[:, -5:])
+    assert torch.equal(found[:, :1], table[:, :1])
+    assert found.shape[1] == 1 + 8 * 12 + 5
+
+
+def test_relative_tables_centre_on_the_centre() -> None:
+    model = made("beit")
+    names = [n for n, _ in model.named_parameters() if "relative_position_bias_table" in n]
+    assert names
+    before = {n: model.get_parameter(n).detach().clone() for n in names}
+    anypatch.adapt(model, 2)
+    for name in names:
+        found, old = model.get_parameter(name), before[name]
+        assert torch.allclose(found[-3:], old[-3:])
+        assert torch.allclose(found[:-3], bicubic(old[:-3], 7, 15), atol=1e-6)
+
+
+def test_tables_of_tiles_are_resampled_tile_by_tile() -> None:
+    model = made("mllama")
+    table = model.gated_positional_embedding.tile_embedding.weight.detach().clone()
+    tiles, dim = model.config.max_num_tiles, model.config.hidden_size
+    anypatch.adapt(model, 2)
+    found = model.gated_positional_embedding.tile_embedding.weight.view(-1, tiles, 65, dim)
+    old = table.view(-1, tiles, 17, dim)
+    assert torch.equal(found[:, :, 0], old[:, :, 0])
+    assert torch.allclose(found[1, 2, 1:], bicubic(old[1, 2, 1:], 4, 8), atol=1e-6)
+
+
+# -- pixel heads -------------------------------------------------------------------------------------------
+
+
+def as_image(logits: Tensor, patch: int, grid: int) -> Tensor:
+    """(1, tokens, patch * patch * 3) to an image."""
+    tokens = logits.reshape(1, grid, grid, patch, patch, 3)
+    return tokens.permute(0, 5, 1, 3, 2, 4).reshape(1, 3, grid * patch, grid * patch)
+
+
+def test_a_masked_autoencoder_paints_the_enlarged_image() -> None:
+    model = made("vit_mae pre-training")
+    image = torch.randn(1, 3, 16, 16)
+    noise = torch.rand(1, 16)
+    with torch.no_grad():
+        before = as_image(model(image, noise=noise).logits, 4, 4)
+        anypatch.adapt(model, 8, keep="grid", kernel="pi")
+        large = enlarge(image, (4, 4), (8, 8), Pi())
+        after = as_image(model(large, noise=noise).logits, 8, 4)
+    assert torch.allclose(after, enlarge(before, (4, 4), (8, 8), Pi()), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit masked image modelling", "swin masked image modelling"])
+def test_a_masked_image_head_paints_the_enlarged_image(name: str) -> None:
+    model = made(name)
+    old = anypatch.geometry(model)
+    assert old.image_size is not None
+    image = torch.randn(1, 3, *old.image_size)
+    size = old.patch_size[0]
+    with torch.no_grad():
+        before = model(image).reconstruction
+        anypatch.adapt(model, 2 * size, keep="grid", kernel="pi")
+        after = model(enlarge(image, (size,) * 2, (2 * size,) * 2, Pi())).reconstruction
+    stride = model.config.encoder_stride
+    assert after.shape[-1] == 2 * before.shape[-1]
+    wanted = enlarge(before, (stride // 2,) * 2, (stride, stride), Pi())
+    assert torch.allclose(after, wanted, atol=1e-4)
+
+
+def test_a_transposed_convolution_paints_the_enlarged_patch() -> None:
+    model = made("clipseg")
+    layer = model.decoder.transposed_convolution
+    tokens = torch.randn(1, layer.in_channels, 4, 4)
+    with torch.no_grad():
+        before = layer(tokens)
+        anypatch.adapt(model, 8, keep="grid")
+        after = layer(tokens)
+    assert torch.allclose(after, enlarge(before, (4, 4), (8, 8), Pi()), atol=1e-4)
+
+
+# -- flattening orders, against the processors that cut the patches ----------------------------------------
+
+PLAIN = {
+    "do_resize": False,
+    "do_rescale": False,
+    "do_normalize": False,
+    "do_convert_rgb": False,
+    "return_tensors": "pt",
+}
+
+
+@pytest.mark.parametrize(
+    ("processor", "order", "blocks"),
+    [
+        ("Siglip2ImageProcessor", "h w c", 1),
+        ("Ernie4_5_VLMoeImageProcessor", "c h w", 2),
+        ("Qwen2VLImageProcessor", "c t h w", 2),
+        ("Cosmos3EdgeImageProcessor", "h w c", 2),
+        ("MuseGlimmerImageProcessor", "t c h w", 1),
+    ],
+)
+def test_patches_are_cut_as_the_image_processor_cuts_them(processor: str, order: str, blocks: int) -> None:
+    cut = getattr(transformers, processor)(patch_size=4)
+    image = torch.randint(0, 255, (3, 16, 24)).float()
+    values = cut(images=[image], **PLAIN)["pixel_values"].reshape(-1)
+    if "t" in order:
+        frames = image[:, None].expand(-1, 2, -1, -1)
+        mine = patchify(frames, (2, 4, 4), order, blocks)
+    else:
+        mine = patchify(image, (4, 4), order, blocks)
+    assert torch.equal(values[: mine.numel()], mine.reshape(-1).to(values.dtype))
+
+
+def test_molmo_and_gemma_cut_channels_last() -> None:
+    from transformers.models.gemma4.image_processing_gemma4 import convert_image_to_patches
+
+    image = torch.randn(3, 8, 12)
+    assert torch.equal(convert_image_to_patches(image, 4), patchify(image, (4, 4), "h w c"))
+    unfolded = nn.Unfold(4, stride=4)(image[None])[0].T  # Llama 4's own stem
+    assert torch.equal(unfolded, patchify(image, (4, 4), "c h w"))
+
+
+# -- configurations and references -------------------------------------------------------------------------
+
+
+def test_configurations_follow_everywhere_and_only_in_this_model() -> None:
+    config = transformers.CLIPConfig(
+        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+                       "image_size": 16, "patch_size": 4},
+        text_config={"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
+                     "vocab_size": 64},
+    )  # fmt: skip
+    model, other = transformers.CLIPModel(config), transformers.CLIPModel(config)
+    words = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.text_model.named_parameters()}
+    anypatch.adapt(model, 8, 32)
+    assert (model.config.vision_config.patch_size, model.config.vision_config.image_size) == (8, 32)
+    held = [m.config for m in model.vision_model.modules() if hasattr(m, "config")]
+    assert held
+    assert all(c is model.config.vision_config for c in held)
+    assert other.config is config
+    assert config.vision_config.patch_size == 4
+    assert other.vision_model.config.patch_size == 4
+    assert model.config.text_config.num_hidden_layers == 3
+    for name, parameter in model.text_model.named_parameters():
+        assert parameter.data_ptr() == words[name][0]
+        assert torch.equal(parameter, words[name][1])
+
+
+def test_sizes_keep_the_form_they_had() -> None:
+    vit = made("vit")
+    anypatch.adapt(vit, 8, keep="grid")
+    assert (vit.config.patch_size, vit.config.image_size) == (8, 32)
+    internvl = made("internvl")
+    anypatch.adapt(internvl, 8, keep="grid")
+    vision = internvl.config.vision_config
+    assert (list(vision.patch_size), list(vision.image_size)) == ([8, 8], [32, 32])
+
+
+def test_linked_sizes_follow() -> None:
+    sam = made("sam, whole")
+    anypatch.adapt(sam, 2)
+    assert sam.config.prompt_encoder_config.patch_size == 2
+    assert sam.config.prompt_encoder_config.image_embedding_size == 8
+    depth = made("depth_anything")
+    anypatch.adapt(depth, 8, keep="grid")
+    assert depth.config.patch_size == depth.config.backbone_config.patch_size == 8
+    windows = made("qwen2_5_vl")
+    before = windows.config.vision_config.window_size
+    anypatch.adapt(windows, 8)
+    assert windows.config.vision_config.window_size == 2 * before
+    tiles = made("llava_next")
+    anypatch.adapt(tiles, 8, keep="grid")
+    assert tiles.config.image_grid_pinpoints == [[32, 64], [64, 32], [64, 64]]
+
+
+def test_the_language_model_has_no_full_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = transformers.Qwen2VLForConditionalGeneration
+    model = kind(tiny(transformers.Qwen2VLConfig, {"text_config.num_hidden_layers": 12}))
+    built: list[int] = []
+    layer = sys.modules[type(model).__module__].Qwen2VLDecoderLayer  # type: ignore[attr-defined]
+    make = layer.__init__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        built.append(1)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "__init__", counted)
+    anypatch.adapt(model, 8)
+    assert 0 < len(built) <= 4
+    assert model.config.text_config.num_hidden_layers == 12
+
+
+def test_geometry_reads_time_first() -> None:
+    found = anypatch.geometry(made("videomae"))
+    assert (found.patch_size, found.image_size, found.grid) == ((2, 4, 4), (4, 16, 16), (2, 4, 4))
+    assert anypatch.geometry(made("qwen2_vl")).image_size is None
+    spectrum = anypatch.geometry(made("audio-spectrogram-transformer"))
+    assert (spectrum.patch_size, spectrum.kernel_size, spectrum.grid) == ((3, 3), (4, 4), (5, 11))
+    assert anypatch.geometry(made("dinov2_with_registers")).prefix_tokens >= 1
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+RELOAD = """
+import sys
+try:
+    import anypatch
+    sys.exit("anypatch can be imported")
+except ImportError:
+    pass
+import torch, transformers
+model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1]).eval()
+pixels = torch.load(sys.argv[1] + "/pixels.pt")
+with torch.no_grad():
+    out = model.get_image_features(pixels).pooler_output if sys.argv[2] == "CLIPModel" else model(pixels)[0]
+torch.save(out, sys.argv[1] + "/out.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["clip, both towers", "vit"])
+def test_saved_models_load_without_anypatch(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    model.save_pretrained(tmp_path / "old")
+    loaded = anypatch.load(f"transformers:{tmp_path / 'old'}", patch_size=8, image_size=48).eval()
+    assert type(loaded) is type(model)
+    anypatch.save(loaded, tmp_path / "new")
+    pixels = torch.randn(1, 3, 48, 48)
+    torch.save(pixels, tmp_path / "new" / "pixels.pt")
+    block = tmp_path / "anypatch.py"
+    block.write_text("raise ImportError('not installed')\n")
+    subprocess.run(
+        [sys.executable, "-c", RELOAD, str(tmp_path / "new"), type(model).__name__],
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
+    )
+    with torch.no_grad():
+        wanted: Any = loaded
+        wanted = wanted.get_image_features(pixels).pooler_output if "clip" in name else wanted(pixels)[0]
+    assert torch.allclose(torch.load(tmp_path / "new" / "out.pt"), wanted, atol=1e-6)
+
+
+def test_the_processor_beside_the_model_follows(tmp_path: Path) -> None:
+    model = made("vit")
+    model.save_pretrained(tmp_path / "old")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "old")
+    loaded = anypatch.load(f"transformers:{tmp_path / 'old'}", patch_size=8, image_size=48)
+    anypatch.save(loaded, tmp_path / "new")
+    found = transformers.AutoImageProcessor.from_pretrained(tmp_path / "new")
+    assert (found.size["height"], found.size["width"]) == (48, 48)
+
+
+def test_a_given_processor_is_saved_for_the_new_size_and_left_alone(tmp_path: Path) -> None:
+    model = made("clip, both towers")
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    anypatch.adapt(model, 8, 32)
+    anypatch.save(model, tmp_path, processor=processor)
+    found = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert found.crop_size["height"] == 32
+    assert found.size["shortest_edge"] == 40
+    assert processor.crop_size["height"] == 16
+
+
+def test_budgets_of_pixels_follow_the_area_of_a_patch() -> None:
+    processor = transformers.Qwen2VLImageProcessor(
+        patch_size=14, size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    )
+    found = follow(processor, None, Geometry((2, 28, 28), None))
+    assert found.patch_size == 28
+    assert found.size["shortest_edge"] == 4 * 56 * 56
+    assert found.size["longest_edge"] == 4 * 28 * 28 * 1280
+
+
+def test_sizes_of_processors() -> None:
+    old, new = Geometry((16, 16), (1024, 1024)), Geometry((16, 16), (512, 512))
+    fields = {"size": {"longest_edge": 1024}, "pad_size": {"height": 1024, "width": 1024}, "do_pad": True}
+    assert resized(fields, old, new) == {
+        "size": {"longest_edge": 512}, "pad_size": {"height": 512, "width": 512}, "do_pad": True
+    }  # fmt: skip
+    tiles = {"size": {"shortest_edge": 336}, "crop_size": 336, "image_grid_pinpoints": [[336, 672]], "patch_size": 14}
+    found = resized(tiles, None, Geometry((28, 28), (672, 672)))
+    assert found == {
+        "size": {"shortest_edge": 672},
+        "crop_size": 672,
+        "image_grid_pinpoints": [[672, 1344]],
+        "patch_size": 28,
+    }
+    assert resized({"num_mel_bins": 128, "max_length": 1024}, None, Geometry((10, 10), (128, 512)))["max_length"] == 512
+    assert resized({"image_seq_length": 64}, Geometry((4, 4), (32, 32)), Geometry((8, 8), (32, 32))) == {
+        "image_seq_length": 16
+    }
