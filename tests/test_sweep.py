@@ -509,50 +509,39 @@ def test_accuracy_of_separable_and_of_random_features() -> None:
         assert 0.15 < measure(noise[:200], labels[:200], noise[200:], labels[200:])[0] < 0.55
 
 
-RUN = """
-import json, sys, warnings
-import timm, torch
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-import anypatch
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    sizes = dict(img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=2, num_classes=3)
-    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
-    options = dict(cache=False, num_workers=0, batch_size=8)
-    result = anypatch.sweep(model, [4, 16], data=sys.argv[1], output=sys.argv[2], **options)
-    print("RANK ROWS", json.dumps(result.rows))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_same_numbers(tmp_path: Path) -> None:
+    """`accelerate launch -m anypatch sweep`, over gloo, against one process."""
     folder = split_folder(tmp_path / "data", 50, 30)
     (folder / "val" / "red" / "broken.png").write_bytes(b"nothing")
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
+    anypatch.save(vit(num_classes=3), tmp_path / "model")
+    source = f"timm:local-dir:{tmp_path / 'model'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+
+    def run(prefix: list[str], sizes: str, output: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *prefix, "anypatch", "sweep", source, "--patch-size", sizes]
+        command += ["--data", str(folder), "--output", str(output), "--no-cache", "--workers", "0"]
+        command += ["--batch-size", "8"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
     found = {}
-    for name, command in (("one", [sys.executable]), ("two", launch)):
-        ran = subprocess.run(
-            [*command, str(script), str(folder), str(tmp_path / name)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+    for name, prefix in (("one", []), ("two", launch)):
+        ran = run(prefix, "4,16", tmp_path / name)
         assert ran.returncode == 0, ran.stderr[-3000:]
+        assert ran.stdout.count("report:") == 1
+        assert ran.stderr.count("cannot be read") == 1
         found[name] = json.loads((tmp_path / name / "sweep.json").read_text())
-        assert ran.stdout.count("RANK ROWS") == (2 if name == "two" else 1)
     assert found["two"]["settings"]["processes"] == 2
     assert found["one"]["notes"] == found["two"]["notes"]
-    assert "broken.png" in " ".join(found["two"]["notes"])
     for one, two in zip(found["one"]["rows"], found["two"]["rows"], strict=True):
         del one["images_per_second"], two["images_per_second"]
         assert one == two
+    wrong = run([], "5,16", tmp_path / "wrong")
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().startswith("error: patch_size 5")
+    assert wrong.stderr.strip().count("\n") == 0
 
 
 @pytest.mark.slow
