@@ -235,12 +235,16 @@ def _open_clip(checkpoint: Checkpoint) -> Iterator[str]:
 def _clip_facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     kernel = tensors.get("visual.conv1.weight")
     text = next((t for n, t in tensors.items() if n in ("ln_final.weight", "text.ln_final.weight")), None)
+    words = next(
+        (t for n, t in tensors.items() if n in ("token_embedding.weight", "text.token_embedding.weight")), None
+    )
     resblock = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.")
     blocks = [int(m[1]) for n in tensors if (m := resblock.match(n))]
     return {
         "width": None if kernel is None else kernel.shape[0],
         "layers": max(blocks) + 1 if blocks else None,
         "text_width": None if text is None else text.shape[0],
+        "vocabulary": None if words is None else words.shape[0],
         "trunk": any(n.startswith("visual.trunk.") for n in tensors),
     }
 
@@ -253,6 +257,8 @@ def _matches_clip(cfg: dict[str, Any], facts: dict[str, Any], native: layouts.Na
         if text.get("width", 512) != facts["text_width"]:
             return False
     elif "hf_model_name" in text and facts["text_width"] is not None:
+        return False
+    if facts["vocabulary"] is not None and text.get("vocab_size", 49408) != facts["vocabulary"]:
         return False
     if facts["trunk"]:
         return True
