@@ -328,6 +328,27 @@ def test_token_mixers_keep_their_grid() -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_convit_keeps_a_square_grid() -> None:
+    model = made("convit_tiny", **VIT, local_up_to_layer=1)
+    with pytest.raises(GeometryError, match="square grids only"):
+        anypatch.adapt(model, image_size=(64, 128))
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    anypatch.adapt(model, patch_size=(16, 32), image_size=(64, 128))
+    assert model(torch.randn(1, 3, 64, 128)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", [name for name in PROVED if "mlp_mixer" not in name and name != "convit"])
+def test_another_shape_of_grid_is_what_timm_builds_there(name: str) -> None:
+    """A model adapted to a wide image computes what timm's own model does with the adapted tensors."""
+    model: Any = FAMILIES[name].build().eval()
+    with torch.no_grad():
+        randomise(model, torch.Generator().manual_seed(1))
+    height, width = anypatch.geometry(model).image_size or (0, 0)
+    anypatch.adapt(model, image_size=(height, 2 * width))
+    reference = rebuilt(model, model.pretrained_cfg["architecture"], {}, **model._model_args)
+    assert_same_function(model, reference, height, 2 * width, tolerance=1e-6)
+
+
 # -- how the model was made ------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -295,6 +295,11 @@ def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
         if len(set(geometry.patch_size)) > 1:
             raise UnsupportedModelError(f"{_title(model)} takes one stride for both axes")
         sizes |= {"patch_size": plain(geometry.kernel_size), "stride": geometry.patch_size[0]}
+    elif kind == "ConVit" and len(set(geometry.grid or ())) > 1:
+        raise GeometryError(
+            f"{_title(model)} computes its local attention for square grids only: image_size "
+            f"{show(geometry.image_size)} and patch_size {show(geometry.patch_size)} give {show(geometry.grid)}"
+        )
     elif kind == "CrossVit":
         sizes["patch_size"] = tuple(patch for patch, _ in _branches(core, geometry))
     elif kind == "Sequencer2d":
