@@ -70,6 +70,11 @@ def test_malformed_sizes(bad: object) -> None:
         target_geometry(VIT, bad)  # type: ignore[arg-type]
 
 
+def test_absurd_sizes_are_refused_before_anything_is_built() -> None:
+    with pytest.raises(GeometryError, match="at most 65536"):
+        target_geometry(VIT, image_size=1 << 20)
+
+
 def test_unknown_keep() -> None:
     with pytest.raises(GeometryError, match="keep"):
         target_geometry(VIT, 32, keep="tokens")  # type: ignore[arg-type]
