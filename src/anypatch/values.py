@@ -100,13 +100,14 @@ class Merger:
         result: Any
         if isinstance(new, dict):
             keys = [k for k in {**old, **new} if not same(old.get(k, MISSING), new.get(k, MISSING))]
-            result = copy.copy(live)
+            items = dict(live)
             for k in keys:
                 value = self.merge(live.get(k, MISSING), old.get(k, MISSING), new.get(k, MISSING), depth + 1)
                 if value is MISSING:
-                    result.pop(k, None)
+                    items.pop(k, None)
                 else:
-                    result[k] = value
+                    items[k] = value
+            result = _like_mapping(live, items)
         elif isinstance(new, (list, deque)) and len(live) == len(old) == len(new):
             parts = [self.merge(a, b, c, depth + 1) for a, b, c in zip(live, old, new, strict=True)]
             result = copy.copy(live)
@@ -163,6 +164,19 @@ class Merger:
             self._remember(value, result)
             return result
         return value
+
+
+def _like_mapping(live: Any, items: dict[Any, Any]) -> Any:
+    """``items`` as a mapping of ``live``'s own kind; one that mirrors its items as attributes is made anew."""
+    if type(live) is dict:
+        return items
+    if getattr(live, "__dict__", None):
+        return type(live)(items)
+    result = copy.copy(live)
+    for key in [k for k in result if k not in items]:
+        del result[key]
+    result.update(items)
+    return result
 
 
 def like(new: Tensor, live: Tensor) -> Tensor:
