@@ -10,7 +10,7 @@ from torch import nn
 from anypatch.errors import UnsupportedModelError
 from anypatch.libraries.base import HostLibrary
 
-NAMES = ("open_clip", "timm", "transformers", "torchvision", "generic")
+NAMES = ("open_clip", "timm", "transformers", "diffusers", "torchvision", "generic")
 
 
 def library(name: str) -> HostLibrary:
