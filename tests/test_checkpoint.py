@@ -202,6 +202,22 @@ def test_whole_clip_into_open_clip(tiny_clip: nn.Module, tmp_path: Path) -> None
         load_file(path)  # the activation is not in the tensors
 
 
+def test_timm_tower_in_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip import factory
+
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 224}
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "timm-tiny", {**CLIP, "vision_cfg": tower})
+    reference = open_clip.create_model("timm-tiny", load_weights=False)
+    reference.load_state_dict(_state(reference))
+    path = tmp_path / "x.safetensors"
+    save_file(reference.state_dict(), path)
+    model = load_file(path)
+    assert anypatch.geometry(model).image_size == (224, 224)
+    pixels = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(model.eval().encode_image(pixels), reference.eval().encode_image(pixels))
+
+
 def test_openai_archive_is_read_for_its_weights_only(tiny_clip: nn.Module, tmp_path: Path) -> None:
     class Archive(nn.Module):
         """What OpenAI published: a scripted module, with three buffers that are no weights."""
@@ -301,6 +317,13 @@ def test_google_archive_without_a_tensor(tiny: nn.Module, tmp_path: Path) -> Non
         load_file(path, TINY, num_classes=7, depth=2)
 
 
+def test_google_archive_that_leaves_a_tensor_unset(tiny: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, **_google(tiny.state_dict(), 3))
+    with pytest.raises(CheckpointError, match=r"lacks blocks\.0\.ls1\.gamma"):
+        load_file(path, TINY, num_classes=7, depth=2, init_values=0.1)
+
+
 def _timm(name: str, **kwargs: Any) -> nn.Module:
     model = timm.create_model(name, depth=2, img_size=64, num_classes=0, **kwargs)
     model.load_state_dict(_state(model))
@@ -372,6 +395,61 @@ def test_sam(tmp_path: Path) -> None:
     model = load_file(path, "timm:samvit_base_patch16", depth=2, **sizes)
     assert anypatch.geometry(model).image_size == (64, 64)
     _same(model, reference)
+
+
+def test_aimv2(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"embed_dim": 48, "num_heads": 4}
+    reference = _timm("aimv2_large_patch14_224", patch_size=8, **sizes)
+    swaps = (
+        ("patch_embed.", "preprocessor.patchifier."), ("pos_embed", "preprocessor.pos_embed"), ("norm1", "norm_1"),
+        ("norm2", "norm_2"), ("mlp.fc1_g", "mlp.fc1"), ("mlp.fc1_x", "mlp.fc3"), ("blocks.", "trunk.blocks."),
+    )  # fmt: skip
+    original = {}
+    for name, tensor in reference.state_dict().items():
+        if name.startswith("norm."):
+            name = f"trunk.post_trunk_{name}"
+        for ours, theirs in swaps:
+            name = name.replace(ours, theirs)
+        original[name] = tensor
+    path = tmp_path / "x.safetensors"
+    save_file(original, path)
+    model = load_file(path, "timm:aimv2_large_patch14_224", depth=2, num_classes=0, **sizes)
+    assert anypatch.geometry(model).patch_size == (8, 8)
+    _same(model, reference)
+
+
+def test_siglip_archive(tmp_path: Path) -> None:
+    """big_vision's: stacked blocks, no class token, an attention pool, and a text tower beside it."""
+    sizes: dict[str, Any] = {"embed_dim": 64, "num_heads": 2}
+    reference = _timm("vit_base_patch16_siglip_224", patch_size=8, **sizes)
+    state = reference.state_dict()
+    fake = {**state, "cls_token": torch.zeros(1, 1, 64), "head.weight": torch.zeros(1, 64), "head.bias": torch.zeros(1)}
+    prefix = "params/img/"
+    arrays = _google(fake, 2, prefix, stacked=True)
+    for name in ("cls", "head/kernel", "head/bias"):
+        del arrays[prefix + name]
+    pool = f"{prefix}MAPHead_0/"
+    attention = f"{pool}MultiHeadDotProductAttention_0/"
+    arrays[f"{pool}probe"] = state["attn_pool.latent"].numpy()
+    weights = {"query": ("q", 0, 1), "key": ("kv", 0, 2), "value": ("kv", 1, 2)}
+    for name, (layer, part, parts) in weights.items():
+        weight = state[f"attn_pool.{layer}.weight"].chunk(parts)[part]
+        arrays[f"{attention}{name}/kernel"] = weight.reshape(2, 32, 64).permute(2, 0, 1).numpy()
+        arrays[f"{attention}{name}/bias"] = state[f"attn_pool.{layer}.bias"].chunk(parts)[part].reshape(2, 32).numpy()
+    arrays[f"{attention}out/kernel"] = state["attn_pool.proj.weight"].T.reshape(2, 32, 64).numpy()
+    arrays[f"{attention}out/bias"] = state["attn_pool.proj.bias"].numpy()
+    arrays[f"{pool}LayerNorm_0/scale"] = state["attn_pool.norm.weight"].numpy()
+    arrays[f"{pool}LayerNorm_0/bias"] = state["attn_pool.norm.bias"].numpy()
+    for i in (0, 1):
+        arrays[f"{pool}MlpBlock_0/Dense_{i}/kernel"] = state[f"attn_pool.mlp.fc{i + 1}.weight"].T.numpy()
+        arrays[f"{pool}MlpBlock_0/Dense_{i}/bias"] = state[f"attn_pool.mlp.fc{i + 1}.bias"].numpy()
+    arrays["params/txt/Encoder_0/x"] = np.ones(3, "f4")
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays)
+    model = load_file(path, "timm:vit_base_patch16_siglip_224", depth=2, num_classes=0, **sizes)
+    _same(model, reference)
+    with pytest.raises(CheckpointError, match="MAPHead_0"):
+        load_file(path, "timm:vit_base_patch16_siglip_gap_224", depth=2, num_classes=0, **sizes)
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "deit3_small_patch16_224"])

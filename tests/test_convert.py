@@ -200,13 +200,21 @@ def test_directory_in_place(clip: Path, tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_timm_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", [True, False])
+def test_timm_directory(tmp_path: Path, recorded: bool) -> None:
+    """With and without the constructor's arguments in the configuration, as older versions of timm wrote it."""
     from timm.models import save_for_hf
 
-    model = timm.create_model("vit_tiny_patch16_224", **VIT)
+    model = timm.create_model("vit_tiny_patch16_224", **{**VIT, "img_size": 64 if recorded else 224})
     save_for_hf(model, str(tmp_path / "a"), safe_serialization=True)
-    anypatch.convert(tmp_path / "a", tmp_path / "b", patch_size=8)
-    reference = anypatch.adapt(model, patch_size=8).eval()
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    if not recorded:
+        config.pop("model_args", None)
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    anypatch.convert(tmp_path / "a", tmp_path / "b", patch_size=8, image_size=64)
+    written = json.loads((tmp_path / "b" / "config.json").read_text())["model_args"]
+    assert (written["patch_size"], written["img_size"]) == (8, 64)
+    reference = anypatch.adapt(model, patch_size=8, image_size=64).eval()
     loaded = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
     pixels = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(loaded(pixels), reference(pixels), rtol=1e-5, atol=1e-5)
@@ -250,10 +258,13 @@ def test_damaged_directories(clip: Path, tmp_path: Path, damage: str) -> None:
     elif damage == "lie":
         other = next(p.name for p in clip.glob("*.safetensors") if p != shard)
         _edit_index(clip, lambda table: table.update({weight: other}))
-        expected = weight
+        expected = f"says that '{weight}' is in {other}"
     elif damage == "silent":
-        _edit_index(clip, lambda table: table.pop(weight))
-        expected = weight if len(read_header(shard).entries) > 1 else "lacks"
+        unchanging = next(
+            n for p in clip.glob("*.safetensors") for n in read_header(p).entries if len(read_header(p).entries) > 1
+        )
+        _edit_index(clip, lambda table: table.pop(unchanging))
+        expected = f"does not say that '{unchanging}'"
     elif damage == "index":
         (clip / "model.safetensors.index.json").write_text('{"weight_map": 3')
         expected = r"index\.json is damaged"
@@ -396,7 +407,7 @@ def _kill_at_many_moments(source: Path, target: Path, kills: int) -> None:
     os.waitpid(process, 0)
     whole = time.monotonic() - began
     assert _contents(target) == states[0]
-    seen = set()
+    met = 0
     for i in range(kills):
         process = start(8 if i % 2 else 32)
         time.sleep(whole * 1.05 * i / kills)
@@ -405,9 +416,9 @@ def _kill_at_many_moments(source: Path, target: Path, kills: int) -> None:
         assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
         now = _contents(target)
         assert now in states, f"kill {i}"
-        seen.add((os.waitstatus_to_exitcode(status), states.index(now)))
+        met += os.waitstatus_to_exitcode(status) != 0
         assert len(list(target.parent.iterdir())) <= 2  # each run cleans what the one before left
-    assert len(seen) > 1  # kills before and after the rename
+    assert met  # the first kill at least met it writing
     _convert_quickly(source, target, 8)
     assert [p.name for p in target.parent.iterdir()] == [target.name]
     assert _contents(target) == states[0]

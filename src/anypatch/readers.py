@@ -497,11 +497,19 @@ def unwrap(raw: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raw = inner
     if isinstance(raw, Tensor) or not isinstance(raw, Mapping):
         raise CheckpointError(f"{path} holds a {type(raw).__name__}, not a table of tensors")
-    tensors = {k: v.detach() for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: _plain(k, v, path) for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         keys = ", ".join(str(k)[:40] for k in list(raw)[:8])
         raise CheckpointError(f"{path} holds no tensors" + (f": its keys are {keys}" if keys else ""))
     return clean(tensors)
+
+
+def _plain(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """An ordinary tensor in memory; not a sparse, nested, quantized or empty (meta) one."""
+    ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    if not ordinary or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise CheckpointError(f"{path}: {name[:200]!r} is no plain tensor")
+    return tensor.detach()
 
 
 def clean(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
