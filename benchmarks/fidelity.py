@@ -1,0 +1,391 @@
+"""How much of DINOv2-small survives a change of patch size, on photographs that chose nothing.
+
+    python benchmarks/fidelity.py            # writes docs/fidelity.md and docs/figures/fidelity.png
+    python benchmarks/fidelity.py --quick    # 4 crops, 3 patches, prints, writes nothing
+
+More photographs join the test where Debian's `mate-backgrounds` is installed or unpacked under
+`.cache/debian`, and k-NN on Fashion-MNIST where `dataset-fashion-mnist` is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import transformers
+from timm.layers.patch_embed import resample_patch_embed
+from torch import Tensor
+from torch.nn import functional
+
+import dinov2
+from anypatch.adapt import adapt
+from anypatch.resize import Interpolate, Method, Pi, Wiener, for_change, resize_kernel
+
+ROOT = Path(__file__).resolve().parents[1]
+OLD, GRID = dinov2.PATCH, 16
+IMAGE = OLD * GRID
+PATCHES = (7, 8, 10, 12, 16, 20, 21, 24, 28, 32)
+DEBIAN = (Path("/"), dinov2.CACHE / "debian")
+WALLPAPERS = ("Blinds", "Dune", "Garden", "GreenMeadow", "LadyBird", "Storm", "TwoWings", "YellowFlower")
+
+Kernel = Callable[[Tensor, int], Tensor]
+Row = dict[str, float]
+
+
+def zero_pad(weight: Tensor, size: int) -> Tensor:
+    """ViTPose's way: the kernel in the middle of a larger one of zeros (or the middle of it, when shrinking)."""
+    before = (size - weight.shape[-1]) // 2
+    after = size - weight.shape[-1] - before
+    return functional.pad(weight, (before, after, before, after))
+
+
+def resized_by(method: Method) -> Kernel:
+    return lambda weight, size: resize_kernel(weight, size, method)
+
+
+KERNELS: dict[str, Kernel] = {
+    "timm PI": lambda weight, size: resample_patch_embed(weight, [size, size]),
+    "PI, bilinear (big_vision)": resized_by(Pi("bilinear")),
+    "bicubic, scaled (ViTDet)": resized_by(Interpolate("bicubic")),
+    "zero padding (ViTPose)": zero_pad,
+    "anypatch": resized_by(Wiener()),
+}
+BACK = "image resized back"
+
+
+def test_photographs() -> tuple[list[dinov2.Image], str]:
+    """The held-out photographs, and a sentence that says which."""
+    names: list[str | Path] = [*dinov2.TESTING]
+    folders = [r / "usr/share/backgrounds/mate/nature" for r in DEBIAN]
+    found = [f / f"{name}.jpg" for name in WALLPAPERS for f in folders if (f / f"{name}.jpg").is_file()]
+    said = f"{', '.join(dinov2.TESTING)} (scikit-image, scikit-learn)"
+    if found:
+        said += f" and {len(found)} of Debian's mate-backgrounds ({', '.join(p.stem for p in found)})"
+    return [dinov2.photograph(name) for name in [*names, *found]], said
+
+
+def loss(new: Tensor, old: Tensor) -> tuple[float, float]:
+    """1 - cosine of class tokens (n, 1 + patches, d), and of patch tokens, resized to the old grid if needed."""
+    old_patches, new_patches = _map(old), _map(new)
+    if new_patches.shape != old_patches.shape:
+        size = old_patches.shape[-2:]
+        new_patches = functional.interpolate(new_patches, size, mode="bilinear", antialias=True)
+    classes = 1 - torch.cosine_similarity(new[:, 0], old[:, 0], dim=1)
+    patches = 1 - torch.cosine_similarity(new_patches, old_patches, dim=1)
+    return float(classes.mean()), float(patches.mean())
+
+
+def _map(tokens: Tensor) -> Tensor:
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    return tokens[:, 1:].mT.unflatten(-1, (side, side))
+
+
+def neighbours(tokens: Tensor, photo: Tensor) -> Tensor:
+    """For each crop, its nearest crop of another photograph, by the class token."""
+    unit = functional.normalize(tokens[:, 0], dim=1)
+    alike = unit @ unit.T
+    alike[photo[:, None] == photo[None]] = -2
+    return alike.argmax(1)
+
+
+class Bench:
+    """The original model at 224 pixels, its features on the crops, and every comparison against them."""
+
+    def __init__(self, photographs: list[dinov2.Image], crops: int) -> None:
+        self.crops = dinov2.crops(photographs, crops, seed=7)
+        self.photo = torch.arange(len(photographs)).repeat_interleave(crops)
+        self.model = adapt(dinov2.timm_model(), image_size=IMAGE)
+        self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.weight, self.bias = self.state["patch_embed.proj.weight"], self.state["patch_embed.proj.bias"]
+        self.pixels = dinov2.pixels(self.crops, IMAGE)
+        self.tokens = self._project(self.pixels, self.weight)
+        self.features = dinov2.features(self.model, self.pixels)
+
+    def _project(self, pixels: Tensor, weight: Tensor) -> Tensor:
+        return functional.conv2d(pixels, weight, self.bias, stride=weight.shape[-1])
+
+    def _compare(self, tokens: Tensor | None, features: Tensor) -> Row:
+        classes, patches = loss(features, self.features)
+        same = neighbours(features, self.photo) == neighbours(self.features, self.photo)
+        row = {"class": classes, "patch": patches, "neighbour": float(same.float().mean())}
+        if tokens is not None:
+            row["token"] = float((tokens - self.tokens).norm() / self.tokens.norm())
+            shift = (tokens - self.tokens).mean((0, 2, 3)).norm() / self.tokens.mean((0, 2, 3)).norm()
+            row["mean shift"] = float(shift)
+        return row
+
+    def keep_grid(self, patch: int) -> dict[str, Row]:
+        """Every kernel on the same 16x16 grid, photographs resized from their own size."""
+        pixels = dinov2.pixels(self.crops, GRID * patch)
+        model = adapt(dinov2.timm_model(), patch, GRID * patch)
+        _load(model, {k: v for k, v in self.state.items() if k != "patch_embed.proj.weight"})
+        found = {}
+        for name, kernel in KERNELS.items():
+            weight = kernel(self.weight, patch)
+            _load(model, {"patch_embed.proj.weight": weight})
+            found[name] = self._compare(self._project(pixels, weight), dinov2.features(model, pixels))
+        back = functional.interpolate(pixels, (IMAGE, IMAGE), mode="bicubic", antialias=True)
+        found[BACK] = self._compare(self._project(back, self.weight), dinov2.features(self.model, back))
+        return found
+
+    def keep_image(self, patch: int) -> dict[str, Row]:
+        """About the same image, another grid: kernels compared, positions resampled from the native 37x37."""
+        side = patch * round(IMAGE / patch)
+        pixels = dinov2.pixels(self.crops, side)
+        model = adapt(dinov2.timm_model(), patch, side)
+        kernels = {
+            "timm PI": KERNELS["timm PI"],
+            "anypatch": resized_by(for_change("wiener", patch / OLD, side / patch / GRID)),
+            "anypatch, not sharpened": resized_by(Wiener()),
+        }
+        found = {}
+        for name, kernel in kernels.items():
+            _load(model, {"patch_embed.proj.weight": kernel(self.weight, patch)})
+            found[name] = self._compare(None, dinov2.features(model, pixels))
+        return found
+
+
+def _load(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, value in state.items():
+            own[key].copy_(value)
+
+
+def libraries_agree(bench: Bench, patch: int = 16) -> float:
+    """Relative difference between the features of timm's and transformers' adapted models."""
+    pixels = dinov2.pixels(bench.crops[:2], GRID * patch)
+    one, two = (
+        dinov2.features(adapt(make(), patch, GRID * patch), pixels)
+        for make in (dinov2.timm_model, dinov2.transformers_model)
+    )
+    return float((one - two).norm() / two.norm())
+
+
+def fashion(count: int = 600, tests: int = 300, patches: tuple[int, ...] = (8, 16, 28)) -> dict[str, float] | None:
+    """20-NN accuracy on Fashion-MNIST's class tokens at an 8x8 grid, by kernel; None without the data."""
+    folder = next((p for r in DEBIAN if (p := r / "usr/share/datasets/fashion-mnist").is_dir()), None)
+    if folder is None:
+        return None
+
+    def read(part: str, header: int, shape: tuple[int, ...]) -> np.ndarray:
+        return np.frombuffer(gzip.open(folder / part).read(), np.uint8, offset=header).reshape(shape)
+
+    images = read("train-images-idx3-ubyte.gz", 16, (-1, 28, 28))[:count]
+    images = [np.repeat(i[..., None], 3, 2) for i in images]
+    held = read("t10k-images-idx3-ubyte.gz", 16, (-1, 28, 28))[:tests]
+    images += [np.repeat(i[..., None], 3, 2) for i in held]
+    labels = torch.from_numpy(read("train-labels-idx1-ubyte.gz", 8, (-1,))[:count].astype(int))
+    truth = torch.from_numpy(read("t10k-labels-idx1-ubyte.gz", 8, (-1,))[:tests].astype(int))
+
+    def accuracy(model: torch.nn.Module, size: int) -> float:
+        unit = functional.normalize(dinov2.features(model, dinov2.pixels(images, size), 32)[:, 0], dim=1)
+        nearest = (unit[count:] @ unit[:count].T).topk(20, dim=1).indices
+        votes = functional.one_hot(labels[nearest], 10).sum(1)
+        return float((votes.argmax(1) == truth).float().mean())
+
+    found = {"original, patch 14": accuracy(adapt(dinov2.timm_model(), image_size=8 * OLD), 8 * OLD)}
+    for patch in patches:
+        for name, kernel in (("timm PI", "pi"), ("anypatch", "wiener")):
+            model = adapt(dinov2.timm_model(), patch, 8 * patch, kernel=kernel)
+            found[f"{name}, patch {patch}"] = accuracy(model, 8 * patch)
+    return found
+
+
+def run(crops: int, patches: tuple[int, ...], extras: bool) -> dict[str, Any]:
+    photographs, said = test_photographs()
+    bench = Bench(photographs, crops)
+    found: dict[str, Any] = {"photographs": said, "count": len(bench.crops), "grid": {}, "image": {}}
+    for patch in patches:
+        found["grid"][patch] = bench.keep_grid(patch)
+        print(patch, json.dumps(found["grid"][patch]), flush=True)
+        found["image"][patch] = bench.keep_image(patch)
+        print(patch, json.dumps(found["image"][patch]), flush=True)
+    if extras:
+        found["agree"] = libraries_agree(bench)
+        found["fashion"] = fashion()
+    return found
+
+
+def grid_table(rows: dict[int, dict[str, Row]], what: str, digits: int) -> list[str]:
+    """Markdown: one line per kernel, one column per patch."""
+    names = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(str(p) for p in rows) + " |", "|---|" + "---:|" * len(rows)]
+    for name in names:
+        cells = [f"{row[name][what]:.{digits}f}" for row in rows.values()]
+        bold = "**" if name == "anypatch" else ""
+        lines.append(f"| {bold}{name}{bold} | " + " | ".join(f"{bold}{c}{bold}" for c in cells) + " |")
+    return lines
+
+
+def ratio_table(rows: dict[int, dict[str, Row]], whats: dict[str, str]) -> list[str]:
+    """Markdown: anypatch divided by timm's PI, at the same patch."""
+    lines = ["| anypatch / timm PI | " + " | ".join(str(p) for p in rows) + " |", "|---|" + "---:|" * len(rows)]
+    for what, title in whats.items():
+        cells = [f"{r['anypatch'][what] / max(r['timm PI'][what], 1e-12):.2f}" for r in rows.values()]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdict(rows: dict[int, dict[str, Row]]) -> list[str]:
+    """Each goal as a sentence with what was measured: the worst patch, and the losses summed over patches."""
+    lines = []
+    for title, inside, token, feature in (
+        ("Growing (16 to 32)", lambda p: p > OLD, 0.35, 0.10),
+        ("Shrinking (7 to 12)", lambda p: p < OLD, 0.75, 0.65),
+    ):
+        chosen = [row for patch, row in rows.items() if inside(patch)]
+        if not chosen:
+            continue
+        for what, name, goal in (("token", "token error", token), ("patch", "feature loss", feature)):
+            ratios = [row["anypatch"][what] / row["timm PI"][what] for row in chosen]
+            total = sum(r["anypatch"][what] for r in chosen) / sum(r["timm PI"][what] for r in chosen)
+            worst = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            lines.append(f"| {title}: {name} | at most {goal:.2f} | {total:.2f} | {worst} |")
+    return ["| goal | | over all patches | patch by patch |", "|---|---|---:|---:|", *lines]
+
+
+def page(found: dict[str, Any]) -> str:
+    grid, image = found["grid"], found["image"]
+    versions = (
+        f"timm {timm.__version__}, transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    )
+    shift = max(row["anypatch"]["mean shift"] for row in grid.values())
+    theirs = max(row["timm PI"]["mean shift"] for row in grid.values())
+    parts = [
+        "# Fidelity",
+        "",
+        "How close an adapted DINOv2-small stays to the original. Made by `benchmarks/fidelity.py`, on a 2-core "
+        f"{platform.machine().replace('_', '-')} CPU, with {versions}.",
+        "",
+        f"Weights: the real DINOv2 ViT-S/14. Original: patch 14 at {IMAGE} pixels. Tested on {found['count']} random "
+        f"crops of photographs that chose nothing: {found['photographs']}. The kernel's defaults were chosen on "
+        f"others: {', '.join(dinov2.CHOOSING)}, and five of Debian's ukui-wallpapers "
+        "(2004default, firstgeneration, rhythm, string, the-mouse).",
+        "",
+        "![Token error and feature loss by patch size](figures/fidelity.png)",
+        "",
+        "## The grid kept: patch *q* on an image of 16 *q* pixels",
+        "",
+        "Photographs are resized from their own size by Pillow (bicubic).",
+        "",
+        *verdict(grid),
+        "",
+        "Token error, relative to the original's patch tokens:",
+        "",
+        *grid_table(grid, "token", 3),
+        "",
+        "Feature loss, 1 − cosine of the final patch tokens:",
+        "",
+        *grid_table(grid, "patch", 5),
+        "",
+        "Feature loss, 1 − cosine of the final class token:",
+        "",
+        *grid_table(grid, "class", 5),
+        "",
+        "Nearest neighbour (among crops of other photographs, by class token) as with the original:",
+        "",
+        *grid_table(grid, "neighbour", 2),
+        "",
+        *ratio_table(grid, {"token": "token error", "patch": "patch loss", "class": "class loss"}),
+        "",
+        f"The mean token moves by at most {shift:.4f} of its length (timm PI: {theirs:.4f}).",
+        "",
+        "`image resized back` gives the original model the same small or large image, resized to 224: what a "
+        "pipeline without any adaptation can do. A resized kernel can beat it, since it knows what pixels are "
+        "like; interpolation does not.",
+        "",
+        "## The image kept: patch *q* on about 224 pixels",
+        "",
+        "The grid changes, so the tokens differ by nature; patch features are compared after resizing their map "
+        "to 16x16. All rows use the same positions (bicubic, antialiased, from the native 37x37). The default "
+        "sharpens where larger patches leave a smaller grid (see method.md).",
+        "",
+        *ratio_table(image, {"class": "class loss", "patch": "patch loss"}),
+        "",
+        "1 − cosine of the final class token:",
+        "",
+        *grid_table(image, "class", 4),
+        "",
+        "1 − cosine of the final patch map:",
+        "",
+        *grid_table(image, "patch", 4),
+        "",
+    ]
+    if "agree" in found:
+        agree = found["agree"]
+        parts += [
+            f"timm's and transformers' adapted models agree to {agree:.1e} (relative, patch 16).",
+            "",
+        ]
+    if found.get("fashion"):
+        parts += [
+            "## k-NN on Fashion-MNIST",
+            "",
+            "Class tokens, 8x8 grid, 20 neighbours, 600 training and 300 test images (Debian's "
+            "`dataset-fashion-mnist`):",
+            "",
+            "| model | accuracy |",
+            "|---|---:|",
+            *[f"| {name} | {value:.3f} |" for name, value in found["fashion"].items()],
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def plot(rows: dict[int, dict[str, Row]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    styles = ("C1", "C4", "C2", "C7", "C0", "C3")
+    for axis, what, title in zip(
+        axes, ("token", "patch"), ("patch token error", "1 − cosine, final patches"), strict=True
+    ):
+        for name, colour in zip([*KERNELS, BACK], styles, strict=True):
+            ours = name == "anypatch"
+            axis.plot(
+                list(rows),
+                [row[name][what] for row in rows.values()],
+                color=colour,
+                marker="o",
+                markersize=3,
+                linewidth=2.2 if ours else 1,
+                linestyle="--" if name == BACK else "-",
+                label=name,
+            )
+        axis.axvline(OLD, color="0.8", linewidth=1, zorder=0)
+        axis.set(yscale="log", xlabel="new patch size (old: 14)", title=title)
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=7, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    if quick:
+        found = run(1, (8, 16, 28), extras=False)
+        print("\n".join(verdict(found["grid"])))
+        return
+    found = run(2, PATCHES, extras=True)
+    (ROOT / "docs" / "fidelity.md").write_text(page(found))
+    plot(found["grid"], ROOT / "docs" / "figures" / "fidelity.png")
+    print("\n".join(verdict(found["grid"])))
+
+
+if __name__ == "__main__":
+    main()
