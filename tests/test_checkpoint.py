@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 import anypatch
 from anypatch import CheckpointError, UnsupportedModelError, layouts
-from anypatch.architectures import infer
+from anypatch.architectures import infer, same_function
 from anypatch.checkpoint import load_file
+from anypatch.empty import empty
 from anypatch.readers import read
 
 TINY = "timm:vit_tiny_patch16_224"
@@ -502,6 +504,18 @@ def test_architecture_is_inferred(tmp_path: Path, name: str) -> None:
     path = tmp_path / "x.safetensors"
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     assert infer(read(path)) == [f"timm:{name}"]
+
+
+def test_what_makes_a_function_the_same() -> None:
+    def build(name: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+        return empty(lambda: timm.create_model(name, depth=1, **kwargs))
+
+    assert same_function(build(), build("deit_tiny_patch16_224"))
+    assert same_function(build(), build(num_classes=3))
+    assert not same_function(build(), build(num_heads=6))  # no tensor tells
+    assert not same_function(build(), build(norm_layer=partial(nn.LayerNorm, eps=1e-3)))
+    assert not same_function(build(), build(act_layer=nn.ReLU))
+    assert not same_function(build(), build(global_pool="avg", fc_norm=False))
 
 
 def test_ambiguous_architecture_lists_the_candidates(tmp_path: Path) -> None:

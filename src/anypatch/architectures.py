@@ -23,7 +23,16 @@ _patching = threading.RLock()
 # timm's modules whose models have one width and one depth, which tensors tell.
 PLAIN = re.compile(r"timm\.models\.(vision_transformer(_relpos|_sam)?|deit|beit|eva)$")
 BOOKKEEPING = frozenset(
-    ("pretrained_cfg", "default_cfg", "pretrained_model_args", "_model_args", "_traits", "feature_info", "training")
+    (
+        "pretrained_cfg",
+        "default_cfg",
+        "pretrained_model_args",
+        "_model_args",
+        "_traits",
+        "feature_info",
+        "training",
+        "init_values",
+    )  # of LayerScale: what it starts from
 )
 SHOWN = 8
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from anypatch import streaming
 from anypatch.adapt import make_plan
 from anypatch.architectures import infer
+from anypatch.empty import empty
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.fitting import LOADERS, open_clip_from_config, transformers_class
 from anypatch.geometry import Geometry
@@ -35,7 +36,7 @@ from anypatch.readers import (
     require_finite,
     tensor_bytes,
 )
-from anypatch.twins import Plan, empty
+from anypatch.twins import Plan
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

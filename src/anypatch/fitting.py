@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from anypatch import layouts
+from anypatch.empty import empty
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.geometry import show
 from anypatch.libraries.base import plain
 from anypatch.readers import Checkpoint
-from anypatch.twins import empty
 
 _patching = threading.RLock()
 
