@@ -352,9 +352,10 @@ def figure(result: SweepResult) -> Figure:
             if p.low is not None and p.high is not None:
                 axes.vlines(p.x, p.low, p.high, color=shade, lw=1)
             axes.plot([p.x], [p.y], "D" if p.native else "o", color=shade, mfc=shade if p.front else "none")
-            axes.annotate(p.label, (p.x, p.y), (0, 7), textcoords="offset points", ha="center")
+            axes.annotate(p.label, (p.x, p.y), (6, -4), textcoords="offset points")
         axes.set(xlabel=name, ylabel=QUALITIES[quality], xscale="log")
         if cost == "images_per_second":
             axes.invert_xaxis()
         axes.grid(alpha=0.25)
+        axes.xaxis.set_major_formatter("{x:g}")
     return drawn
