@@ -21,7 +21,7 @@ from anypatch.check import check, enlarge, randomise, tensors
 from anypatch.families.transformers import families, tiny
 from anypatch.geometry import Geometry
 from anypatch.libraries.processors import follow, resized
-from anypatch.libraries.transformers import patchify
+from anypatch.libraries.transformers import _facts, patchify
 from anypatch.resize import Pi
 
 FAMILIES = {family.name: family for family in families()}
@@ -270,18 +270,26 @@ PLAIN = {
 }
 
 
+def declared(name: str) -> str:
+    """The order that the library's file declares for a family's stem."""
+    (order,) = set(_facts(FAMILIES[name].build()).orders.values())
+    return order
+
+
 @pytest.mark.parametrize(
-    ("processor", "order", "blocks"),
+    ("name", "processor", "blocks"),
     [
-        ("Siglip2ImageProcessor", "h w c", 1),
-        ("Ernie4_5_VLMoeImageProcessor", "c h w", 2),
-        ("Qwen2VLImageProcessor", "c t h w", 2),
-        ("Cosmos3EdgeImageProcessor", "h w c", 2),
-        ("MuseGlimmerImageProcessor", "t c h w", 1),
+        ("siglip2", "Siglip2ImageProcessor", 1),
+        ("ernie4_5_vl_moe", "Ernie4_5_VLMoeImageProcessor", 2),
+        ("lfm3_vl", "Qwen2VLImageProcessor", 2),
+        ("qwen2_vl", "Qwen2VLImageProcessor", 2),
+        ("cosmos3_edge", "Cosmos3EdgeImageProcessor", 2),
+        ("muse_glimmer", "MuseGlimmerImageProcessor", 1),
     ],
 )
-def test_patches_are_cut_as_the_image_processor_cuts_them(processor: str, order: str, blocks: int) -> None:
+def test_patches_are_cut_as_the_image_processor_cuts_them(name: str, processor: str, blocks: int) -> None:
     cut = getattr(transformers, processor)(patch_size=4)
+    order = "c t h w" if name == "qwen2_vl" else declared(name)  # Qwen2-VL's stem is a convolution
     image = torch.randint(0, 255, (3, 16, 24)).float()
     values = cut(images=[image], **PLAIN)["pixel_values"].reshape(-1)
     if "t" in order:
@@ -292,13 +300,29 @@ def test_patches_are_cut_as_the_image_processor_cuts_them(processor: str, order:
     assert torch.equal(values[: mine.numel()], mine.reshape(-1).to(values.dtype))
 
 
-def test_molmo_and_gemma_cut_channels_last() -> None:
+def test_patches_are_cut_as_the_models_own_functions_cut_them() -> None:
     from transformers.models.gemma4.image_processing_gemma4 import convert_image_to_patches
+    from transformers.models.lfm2_vl.image_processing_lfm2_vl import convert_image_to_patches as lfm2
+    from transformers.models.molmo2.image_processing_molmo2 import batch_pixels_to_patches as molmo
+    from transformers.models.nemotron_h_omni.image_processing_nemotron_h_omni import (
+        convert_image_to_patches as nemotron,
+    )
 
     image = torch.randn(3, 8, 12)
-    assert torch.equal(convert_image_to_patches(image, 4), patchify(image, (4, 4), "h w c"))
-    unfolded = nn.Unfold(4, stride=4)(image[None])[0].T  # Llama 4's own stem
-    assert torch.equal(unfolded, patchify(image, (4, 4), "c h w"))
+
+    def mine(name: str) -> Tensor:
+        return patchify(image, (4, 4), declared(name))
+
+    assert torch.equal(convert_image_to_patches(image, 4), mine("gemma4"))
+    assert torch.equal(lfm2(image[None], 4)[0], mine("lfm2_vl"))
+    assert torch.equal(nn.Unfold(4, stride=4)(image[None])[0].T, mine("llama4"))
+    assert torch.equal(nemotron(image[None], 4)[0], mine("nemotron_h_omni"))
+    assert torch.equal(molmo(image.permute(1, 2, 0)[None], 4)[0], mine("molmo2"))
+    fuyu = transformers.FuyuImageProcessor(patch_size={"height": 4, "width": 4})
+    assert torch.equal(fuyu.patchify_image(image[None])[0], mine("fuyu"))
+    radio = FAMILIES["radio"].build()
+    embeddings = next(m for m in radio.modules() if hasattr(m, "_image_to_patches"))
+    assert torch.equal(embeddings._image_to_patches(image[None])[0], mine("radio"))
 
 
 # -- configurations and references -------------------------------------------------------------------------
