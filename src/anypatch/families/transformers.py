@@ -138,7 +138,8 @@ def _shrunk() -> Iterator[Family]:
     yield row("vision_text_dual_encoder", "VisionTextDualEncoderModel", learned, vision_config="ViTConfig",
               text_config="BertConfig", vision_config__pooler_output_size=32)  # fmt: skip
     yield row("videoprism", "VideoPrismClipModel", "learned in space and in time", patch=(1, 8, 8),
-              vision_config__image_size=16, vision_config__tubelet_size=[1, 4, 4], vision_config__num_frames=4)  # fmt: skip
+              vision_config__image_size=16, vision_config__tubelet_size=[1, 4, 4],
+              vision_config__num_frames=4)  # fmt: skip
     yield row("flava", "FlavaModel", learned)
     # dense heads and detectors
     yield row("chmv2", "CHMv2ForDepthEstimation", rotary)
