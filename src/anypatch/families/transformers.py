@@ -32,10 +32,6 @@ def _build(model: str, config: str, fields: dict[str, Any]) -> nn.Module:
     return getattr(transformers, model)(getattr(transformers, config)(**fields))
 
 
-def _encoder(name: str, stem: str, model: str, config: str, embedding: str, positions: str, **fields: Any) -> Family:
-    return Family("transformers", name, lambda: _build(model, config, fields), embedding, positions)
-
-
 def families() -> Iterator[Family]:
     yield from _plain()
     yield from _shrunk()

@@ -84,9 +84,6 @@ class Part:
     path: tuple[str, ...]
     config: Any
 
-    def has(self, name: str | None) -> bool:
-        return name is not None and getattr(self.config, name, None) is not None
-
 
 def recognises(model: nn.Module) -> bool:
     """Any class that derives from transformers' ``PreTrainedModel``, remote code included."""
