@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from enum import Enum
@@ -15,6 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from anypatch.cli_options import loader_options
 from anypatch.cli_sweep import register as register_sweep
 from anypatch.errors import AnypatchError, GeometryError
 
@@ -79,20 +79,6 @@ def size(text: str | None, name: str) -> int | tuple[int, ...] | None:
         raise GeometryError(f"{name} must be a number of pixels or HEIGHTxWIDTH, got {text!r}")
     sides = tuple(int(side) for side in re.split("[x,]", text))
     return sides[0] if len(sides) == 1 else sides
-
-
-def loader_options(options: list[str] | None, arch: str | None) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs as keyword arguments; values are JSON where they parse, else text."""
-    found: dict[str, Any] = {} if arch is None else {"arch": arch}
-    for option in options or []:
-        key, equals, value = option.partition("=")
-        if not equals or not key.isidentifier():
-            raise AnypatchError(f"--option takes KEY=VALUE, got {option!r}")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
 
 
 def load_source(source: str, options: list[str] | None, arch: str | None) -> Any:

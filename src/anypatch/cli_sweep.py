@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -18,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from anypatch.cli_options import loader_options
 from anypatch.errors import AnypatchError, GeometryError
 
 # typer reads annotations at run time, where Python 3.10 needs Optional.
@@ -96,7 +96,7 @@ def sweep(
             cache=False if no_cache else cache if cache is not None else True,
             progress=progress,
             reproduce=command,
-            **loader_options(option),
+            **loader_options(option, None),
         )
     if _leads():
         out = Console()
@@ -129,7 +129,7 @@ def view(
         keep=keep,  # type: ignore[arg-type]
         kernel=kernel,
         arch=arch,
-        **loader_options(option),
+        **loader_options(option, None),
     )
     Console().print(f"picture: {escape(str(save_view(picture, output)))}", soft_wrap=True)
 
@@ -146,20 +146,6 @@ def read_sizes(text: str, name: str) -> list[int | tuple[int, int]]:
         if not match:
             raise GeometryError(f"{name} takes sizes with commas, such as 8,14,16x32; got {text!r}")
         found.append((int(match[1]), int(match[2])) if match[2] else int(match[1]))
-    return found
-
-
-def loader_options(options: list[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs as keyword arguments; values are JSON where they parse, else text."""
-    found: dict[str, Any] = {}
-    for option in options or []:
-        key, equals, value = option.partition("=")
-        if not equals or not key.isidentifier():
-            raise AnypatchError(f"--option takes KEY=VALUE, got {option!r}")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
     return found
 
 
