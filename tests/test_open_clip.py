@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import anypatch
-from anypatch.twins import empty
+from anypatch.empty import empty
 
 pytest.importorskip("open_clip")
 import open_clip

@@ -8,9 +8,9 @@ import timm
 import anypatch
 from anypatch import UnsupportedModelError
 from anypatch.coverage import PASS, REFUSED, prove
+from anypatch.empty import empty
 from anypatch.families import Family
 from anypatch.families.timm import families
-from anypatch.twins import empty
 
 pytestmark = pytest.mark.slow
 

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from anypatch.empty import empty
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries import timm as trunks
 from anypatch.libraries.base import Example, plain
-from anypatch.twins import Subject, empty
+from anypatch.twins import Subject
 
 NAME = "open_clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"

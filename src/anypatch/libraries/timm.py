@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from anypatch.empty import empty
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries.base import Example, class_tokens, comes_from, plain
 from anypatch.roles import Facts
-from anypatch.twins import Subject, empty
+from anypatch.twins import Subject
 
 NAME = "timm"
 

@@ -20,10 +20,11 @@ from typing import Any
 
 from torch import nn
 
+from anypatch.empty import empty
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries.base import Example
-from anypatch.twins import Subject, empty
+from anypatch.twins import Subject
 
 NAME = "torchvision"
 VIT = "torchvision.models.vision_transformer"
