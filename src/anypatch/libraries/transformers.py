@@ -754,7 +754,7 @@ def _saved_geometry(name: str) -> Geometry | None:
     """The geometry of the checkpoint in a directory, without its weights."""
     import transformers
 
-    from anypatch.twins import empty
+    from anypatch.empty import empty
 
     try:
         config = transformers.AutoConfig.from_pretrained(name)
