@@ -180,10 +180,7 @@ def _facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         found[key] = value
     for layer in range(DEPTH):
         for part in ("weight", "bias"):
-            three = [
-                state[f"encoder.layer.{layer}.attention.attention.{n}.{part}"]
-                for n in ("query", "key", "value")
-            ]
+            three = [state[f"encoder.layer.{layer}.attention.attention.{n}.{part}"] for n in ("query", "key", "value")]
             found[f"blocks.{layer}.attn.qkv.{part}"] = torch.cat(three)
     return found
 
