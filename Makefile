@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint bench docs coverage-table clean
+.PHONY: demo test test-slow fuzz lint bench docs coverage-table clean
 
 demo: $(READY)
 	$(BIN)/anypatch demo
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+fuzz: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -430,7 +430,7 @@ def test_mutated_files(tmp_path: Path) -> None:
     assert _in_a_process(lambda: _fuzz(tmp_path, 1500, seed=0), tmp_path) is None
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.usefixtures("_quiet")
 @pytest.mark.parametrize("part", range(8))
 def test_a_million_mutated_files(tmp_path: Path, part: int) -> None:
