@@ -55,7 +55,9 @@ def table(budget: float = 1.0) -> tuple[list[str], bool]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
     lines, met = table()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}")
     print("\n".join(lines))
     sys.exit(not met)

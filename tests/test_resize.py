@@ -20,7 +20,6 @@ from anypatch.resize import (
     Wiener,
     as_method,
     axis_matrix,
-    for_change,
     resize_kernel,
     resize_linear,
     resize_pixels,
@@ -152,34 +151,6 @@ def test_wiener_is_the_best_linear_estimator_of_simulated_pixels(old: int, new: 
     assert ours < 1.1 * floor
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.5, 1.0, 2.0])
-def test_sharpness_undoes_the_filters_blur(sharpness: float) -> None:
-    # A wave of 0.3 cycles per old pixel, as the larger patch sees it: how strong are the estimated old pixels?
-    frequency, old, new = 0.3, 20, 40
-    blur = transfer(torch.tensor([frequency, frequency * old / new], dtype=torch.float64), "bicubic")
-    at = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new
-    seen = blur[1] * torch.stack([(2 * torch.pi * frequency * at).cos(), (2 * torch.pi * frequency * at).sin()])
-    estimate = (seen @ axis_matrix(Wiener(sharpness=sharpness), old, new))[:, 4:-4]
-    amplitude = estimate.square().sum(0).mean().sqrt()
-    assert float(amplitude) == pytest.approx(float(blur[0] ** (1 - sharpness)), rel=0.02)
-    weight = randn(4, 3, old, old)
-    resized = resize_kernel(weight, new, Wiener(sharpness=sharpness))
-    torch.testing.assert_close(resized.sum((-2, -1)), weight.sum((-2, -1)))
-
-
-def test_only_larger_patches_on_a_smaller_grid_are_sharpened() -> None:
-    assert for_change("wiener", 2.0, 1.0) == Wiener()  # the grid is kept
-    assert for_change("wiener", 0.5, 2.0) == Wiener()  # smaller patches
-    assert for_change("wiener", 1.0, 0.25) == Wiener()  # a smaller image
-    assert for_change("wiener", 2.0, 0.5) == Wiener(sharpness=2.0)
-    assert for_change("wiener", 9.0, 0.1) == Wiener(sharpness=2.0)
-    between = for_change("wiener", 2**0.5, 0.5)
-    assert isinstance(between, Wiener)
-    assert between.sharpness == pytest.approx(1.0)
-    assert for_change("pi", 2.0, 0.5) == Pi()
-    assert for_change(Wiener(slope=1.0), 2.0, 0.5) == Wiener(slope=1.0)
-
-
 @few
 @given(st.sampled_from(NAMES), SIDES, SIDES)
 def test_matrices_are_finite_and_mirror_symmetric(method: str, old: int, new: int) -> None:
@@ -295,8 +266,6 @@ def test_malformed_weights_orders_and_methods_are_refused() -> None:
         Wiener(filter="lanczos")
     with pytest.raises(GeometryError, match="noise"):
         Wiener(noise=0.0)
-    with pytest.raises(GeometryError, match="sharpness"):
-        Wiener(sharpness=-1.0)
     with pytest.raises(GeometryError, match="order"):
         resize_linear(randn(2, 48), (4, 4), (8, 8), 3, "c w")
     with pytest.raises(GeometryError, match="3 channels"):

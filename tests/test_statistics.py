@@ -37,6 +37,31 @@ def test_the_exponent_of_a_power_law_is_measured(slope: float) -> None:
     assert exponent(found, 0.05, 0.4) == pytest.approx(slope, abs=0.15)
 
 
+def test_steep_spectra_do_not_leak_through_the_borders_of_images() -> None:
+    pieces = [image[:128, :128] for image in noise_images(3.5, 8, side=512)]  # pieces do not wrap around
+    found = PixelStatistics.from_images(pieces, 128, progress=False)
+    assert exponent(found, 0.05, 0.3) == pytest.approx(3.5, abs=0.3)
+
+
+def test_power_is_interpolated_on_logarithmic_scales_and_follows_the_slope_beyond() -> None:
+    known = PixelStatistics(slope=2.0, frequencies=(0.1, 0.4), powers=(1.0, 0.25))
+    at = torch.tensor([0.05, 0.1, 0.2, 0.4, 0.8], dtype=torch.float64)
+    wanted = torch.tensor([4.0, 1.0, 0.5, 0.25, 0.0625], dtype=torch.float64)
+    torch.testing.assert_close(known.power(at), wanted)
+
+
+def test_small_images_count_no_more_than_large_ones() -> None:
+    # The same texture at two resolutions of the file has the same power per pixel of the model's image.
+    wide = noise_images(2.0, 4, side=256)
+    half = [image.reshape(128, 2, 128, 2).mean((1, 3)) for image in wide]
+    one, two = (PixelStatistics.from_images(images, 64, progress=False) for images in (wide, half))
+    both = PixelStatistics.from_images([*wide, *half], 64, progress=False)
+    at = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    ratio = [float(torch.divide(*s.power(at))) for s in (one, two, both)]
+    assert min(ratio[:2]) * 0.95 < ratio[2] < max(ratio[:2]) * 1.05
+    assert ratio[0] == pytest.approx(ratio[1], rel=0.25)
+
+
 def test_measured_power_laws_give_the_kernel_of_that_law() -> None:
     white = PixelStatistics.from_images(noise_images(0.0, 8), 256, progress=False)
     walk = PixelStatistics.from_images(noise_images(2.0, 8), 256, progress=False)
@@ -112,5 +137,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         PixelStatistics.from_images([], 0, progress=False)
     with pytest.raises(GeometryError, match="from_images"):
         PixelStatistics()
+    with pytest.raises(GeometryError, match="ascending"):
+        PixelStatistics(frequencies=(0.1, 0.2), powers=(1.0, 0.0))
     with pytest.raises(GeometryError, match="ascending"):
         PixelStatistics(frequencies=(0.2, 0.1), powers=(1.0, 1.0))

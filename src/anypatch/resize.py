@@ -86,24 +86,18 @@ class Wiener(Method):
     Markov chain of infinite length). Both pixel grids sample them with the pipeline's resize filter, each
     at its own pitch; without `antialias` they take points. `noise` is white noise on the new pixels, as a
     part of their variance within a patch and its neighbours. A flat patch keeps its response exactly.
-
-    `sharpness` says which old pixels to estimate: 0, as the resize filter would make them; 1, without the
-    filter's blur; 2, sharpened as much as the filter blurs, which is what "pi" estimates.
     """
 
     slope: float = 2.5
     noise: float = 1e-4
     filter: str = "bicubic"
     antialias: bool = True
-    sharpness: float = 0.0
 
     def __post_init__(self) -> None:
         if self.filter not in FILTERS:
             raise GeometryError(f"unknown filter {self.filter!r}; choose from {', '.join(FILTERS)}")
         if not (0 <= self.slope <= 6 and 0 < self.noise < math.inf):
             raise GeometryError(f"slope is 0 to 6 and noise is above 0, not {self.slope} and {self.noise}")
-        if not 0 <= self.sharpness <= 3:
-            raise GeometryError(f"sharpness is 0 to 3, not {self.sharpness}")
 
     def power(self, frequency: Tensor) -> Tensor:
         """Power of the pixels at frequencies in cycles per old pixel, up to a factor."""
@@ -117,25 +111,19 @@ class Wiener(Method):
         frequency = torch.arange(1, count + 1, dtype=torch.float64) / period
         power = self.power(frequency)
         power = (power / power.sum()).repeat(2)
-        seen = _waves(frequency, new, pitch, self._gain(frequency * pitch))
-        gain = self._gain(frequency)
-        if self.sharpness:
-            gain = gain.clamp(min=0.1) ** (1 - self.sharpness) * (frequency <= 0.5)
-        wanted = _waves(frequency, old, 1.0, gain)
-        weighted = seen * power
-        within = weighted @ seen.T
+        pixels = torch.arange(old + new, dtype=torch.float64) + 0.5
+        centre = torch.cat([pixels[:old], pixels[:new] * pitch])
+        gain = self._gain(torch.stack([frequency, frequency * pitch]))
+        gain = torch.cat([gain[:1].expand(old, count), gain[1:].expand(new, count)])
+        phase = torch.outer(centre, frequency * (2 * math.pi))
+        waves = torch.cat([phase.cos() * gain, phase.sin() * gain], dim=1)  # (old + new, 2 * count)
+        covariance = waves @ (waves[old:] * power).T
+        across, within = covariance[:old], covariance[old:]
         within.diagonal().add_(self.noise)
-        return _estimator(wanted @ weighted.T, within).T
+        return _estimator(across, within).T
 
     def _gain(self, frequency: Tensor) -> Tensor:
         return transfer(frequency, self.filter) if self.antialias else torch.ones_like(frequency)
-
-
-def _waves(frequency: Tensor, count: int, pitch: float, gain: Tensor) -> Tensor:
-    """Pixels (count, 2 * frequencies) of width `pitch`: cosines and sines, each times its gain."""
-    centre = (torch.arange(count, dtype=torch.float64) + 0.5) * pitch
-    phase = torch.outer(centre, 2 * math.pi * frequency)
-    return (torch.stack([phase.cos(), phase.sin()], dim=1) * gain).flatten(1)
 
 
 def _estimator(across: Tensor, within: Tensor) -> Tensor:
@@ -185,18 +173,6 @@ def as_method(method: MethodLike) -> Method:
         f"unknown resize method {method!r}; choose from {', '.join(METHODS)}, or pass an instance of "
         "Pi, Wiener, Interpolate or PixelStatistics"
     )
-
-
-def for_change(method: MethodLike, patch_ratio: float, grid_ratio: float) -> Method:
-    """The method for a model whose patch grows by `patch_ratio` and whose grid by `grid_ratio`.
-
-    The name "wiener" stands for an estimate that is sharper where larger patches on a smaller grid must stand
-    for the detail that is lost; every other method is taken as it is. Measured in docs/method.md.
-    """
-    if method != "wiener":
-        return as_method(method)
-    shrinks = min(patch_ratio, 1 / grid_ratio)
-    return Wiener(sharpness=min(max(2 * math.log2(shrinks), 0.0), 2.0))
 
 
 def axis_matrix(method: MethodLike, old: int, new: int, strides: tuple[int, int] | None = None) -> Tensor:
