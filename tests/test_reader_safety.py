@@ -363,6 +363,7 @@ def _fuzz(place: Path, count: int, seed: int) -> str | None:
     path = place / "x"
     events: list[str] = []
     importlib.import_module("torch.nested._internal.ops")  # which torch imports when a file names it
+    repr(torch.zeros(1))  # torch imports more to show a tensor in an error message
     for data in seeds[:6]:  # import whatever else reading imports
         path.write_bytes(data)
         read(path)
