@@ -139,7 +139,7 @@ def test_report_asks_the_network_for_nothing(report):
 
 
 def test_report_is_readable_without_pictures(report):
-    _, text, _ = report
+    result, text, _ = report
     page = _Page(text)
     assert page.all("html")[0]["lang"] == "en"
     assert page.all("img")
@@ -147,6 +147,11 @@ def test_report_is_readable_without_pictures(report):
     for svg in page.all("svg"):
         assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and svg["aria-label"])
     assert len(page.all("h1")) == 1
+    charts = " ".join(svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg)
+    for words in ("Accuracy, share of digits", "pooled features", "images per second"):
+        assert words in charts
+    for row in result.rows:
+        assert f"{demo.NAMES[row.series]}, patch {row.patch_size}: {100 * row.accuracy:.1f}%" in charts
     labels = {label["for"] for label in page.all("label")}
     assert labels == {radio["id"] for radio in page.all("input")}
     identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -166,11 +171,12 @@ def test_table_shows_every_row(report):
     from rich.console import Console
 
     result, _, _ = report
-    console = Console(width=100, record=True, file=StringIO())
+    console = Console(width=80, record=True, file=StringIO())
     console.print(demo.table(result))
     shown = console.export_text()
     for row in result.rows:
         assert f"{row.cosine:.4f}" in shown
+        assert demo.NAMES[row.series] in shown
 
 
 def test_pictures_are_png():

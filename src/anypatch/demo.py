@@ -205,8 +205,8 @@ def table(result: DemoResult) -> Table:
     from rich.table import Table
 
     title = f"A ViT trained at patch {PATCH_SIZE}, on {result.images} handwritten digits it has not seen"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    shown.add_column("")
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    shown.add_column("", no_wrap=True)
     for heading in ("patch", "image", "patches", "accuracy", "same\nanswers", "cosine", "images/s"):
         shown.add_column(heading, justify="right")
     for name, rows in _groups(result):
