@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -542,40 +541,3 @@ def test_two_processes_give_the_same_numbers(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.strip().startswith("error: patch_size 5")
     assert wrong.stderr.strip().count("\n") == 0
-
-
-@pytest.mark.slow
-def test_throughput_is_that_of_the_bare_model(tmp_path: Path) -> None:
-    """The main process spends at most a tenth more than the forward passes: decoding happens elsewhere."""
-    for index in range(96):
-        write(tmp_path / f"{index}.png", (10, 200, 30), index)
-    model = vit(img_size=224, patch_size=16, embed_dim=192, num_heads=3, depth=6)
-    batch = torch.randn(16, 3, 224, 224)
-
-    def bare() -> float:
-        start = time.process_time()
-        for _ in range(6):
-            reader(batch)
-        return time.process_time() - start
-
-    reader = Reader(model)
-    bare()
-    job = anypatch.sweep.__globals__["_Job"]
-    spent = []
-    original = job._compute
-
-    def timed(self, *args):
-        start = time.process_time()
-        original(self, *args)
-        spent.append(time.process_time() - start)
-
-    ratios = []
-    for _ in range(3):
-        expected = bare()
-        job._compute = timed
-        try:
-            sweep(model, [16], images=tmp_path, batch_size=16, num_workers=1, cache=False)
-        finally:
-            job._compute = original
-        ratios.append(spent[-1] / ((expected + bare()) / 2))
-    assert min(ratios) < 1.1, ratios
