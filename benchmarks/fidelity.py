@@ -303,8 +303,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         *verdict(grid),
         "",
-        "The token error of shrinking is what the estimator's limit is (method.md): no linear kernel that sees only "
-        "its own patch does better on photographs it was not fitted to.",
+        "Where the token error misses its goal the estimator is at its limit: a dense regression fitted to other "
+        "photographs does worse (method.md).",
         "",
         "Token error, relative to the original's patch tokens:",
         "",
