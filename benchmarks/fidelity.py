@@ -291,7 +291,8 @@ def page(found: dict[str, Any]) -> str:
         f"{platform.machine().replace('_', '-')} CPU, with {versions}.",
         "",
         f"Weights: the real DINOv2 ViT-S/14. Original: patch 14 at {IMAGE} pixels. Tested on {found['count']} random "
-        f'crops of photographs held out from every choice but one ("tried, and dropped" in method.md): {found["photographs"]}. The kernel\'s defaults were chosen on '
+        'crops of photographs held out from every choice but one ("tried, and dropped" in method.md): '
+        f"{found['photographs']}. The kernel's defaults were chosen on "
         f"others: {', '.join(dinov2.CHOOSING)}, and five of Debian's ukui-wallpapers "
         "(2004default, firstgeneration, rhythm, string, the-mouse).",
         "",
