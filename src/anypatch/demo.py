@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import copy
+import io
 import json
 import math
 import platform
-import struct
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -563,16 +562,11 @@ def _picture(pixels: Tensor, alt: str) -> str:
 
 def _png(pixels: Tensor) -> bytes:
     """Bytes (h, w) or (h, w, 3) as a PNG file."""
-    height, width = pixels.shape[:2]
-    rows = pixels.reshape(height, -1).numpy()
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    from PIL import Image
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(raw, 9)), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
 
 
 def _need(module: str, package: str | None = None) -> Any:
