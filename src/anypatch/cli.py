@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from anypatch.cli_options import loader_options
+from anypatch.cli_options import Arch, Options, loader_options
 from anypatch.cli_sweep import register as register_sweep
 from anypatch.errors import AnypatchError, GeometryError
 
@@ -52,13 +52,6 @@ RequiredPatchSize = Annotated[str, typer.Option("--patch-size", help="Patch size
 ImageSize = Annotated[Optional[str], typer.Option(help="New image size in pixels: 448, or HEIGHTxWIDTH.")]  # noqa: UP045
 KeepOption = Annotated[Keep, typer.Option(help="Without --image-size: keep the image size, or the grid.")]
 KernelOption = Annotated[Kernel, typer.Option(help="How patch kernels are resized.")]
-Arch = Annotated[Optional[str], typer.Option(help="Architecture of a checkpoint file, e.g. timm:NAME.")]  # noqa: UP045
-Options = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        "--option", "-o", metavar="KEY=VALUE", help="Passed to the host library's loader, e.g. pretrained=false."
-    ),
-]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any, Optional
+
+import typer
 
 from anypatch.errors import AnypatchError
+
+# typer reads annotations at run time, where Python 3.10 needs Optional.
+Arch = Annotated[Optional[str], typer.Option(help="Architecture of a checkpoint file, e.g. timm:NAME.")]  # noqa: UP045
+Options = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--option", "-o", metavar="KEY=VALUE", help="Passed to the host library's loader, e.g. pretrained=false."
+    ),
+]
 
 
 def loader_options(options: list[str] | None, arch: str | None) -> dict[str, Any]:

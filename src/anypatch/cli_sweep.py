@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from anypatch.cli_options import loader_options
+from anypatch.cli_options import Arch, Options, loader_options
 from anypatch.errors import AnypatchError, GeometryError
 
 # typer reads annotations at run time, where Python 3.10 needs Optional.
@@ -28,11 +28,6 @@ PatchSizes = Annotated[str, typer.Option("--patch-size", help="Patch sizes with 
 ImageSize = Annotated[Optional[str], typer.Option(help="Image size in pixels for all of them: 448, or HEIGHTxWIDTH.")]  # noqa: UP045
 Keep = Annotated[str, typer.Option(help="Without --image-size: keep the image size (image) or the grid (grid).")]
 Kernel = Annotated[str, typer.Option(help="How patch kernels are resized: wiener, pi, bicubic or bilinear.")]
-Arch = Annotated[Optional[str], typer.Option(help="Architecture of a checkpoint file, e.g. timm:NAME.")]  # noqa: UP045
-Options = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--option", "-o", metavar="KEY=VALUE", help="Passed to the host library's loader."),
-]
 
 
 def register(app: typer.Typer) -> None:

@@ -60,6 +60,11 @@ def plain(size: Size) -> int | Size:
     return size[0] if len(set(size)) == 1 else size
 
 
+def pair(size: Any) -> Size:
+    """A size as (height, width), from the one int or the sequence that a library keeps."""
+    return (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
+
+
 def class_tokens(module: nn.Module) -> int:
     """Tokens that the module's own parameters put before the grid (class, distillation, register tokens)."""
     count = 0

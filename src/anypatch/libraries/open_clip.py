@@ -31,7 +31,7 @@ from anypatch.empty import empty
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries import timm as trunks
-from anypatch.libraries.base import Example, plain
+from anypatch.libraries.base import Example, pair, plain
 from anypatch.twins import Subject
 
 NAME = "open_clip"
@@ -83,11 +83,7 @@ def _geometry(tower: nn.Module) -> Geometry:
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride:
         raise UnsupportedModelError(f"conv1 of the image tower ({conv}) is not one linear map per patch")
     image: Any = tower.image_size
-    return Geometry(tuple(conv.stride), _pair(image), 1, NAME)
-
-
-def _pair(size: Any) -> Size:
-    return (int(size), int(size)) if isinstance(size, int) else tuple(int(side) for side in size)
+    return Geometry(tuple(conv.stride), pair(image), 1, NAME)
 
 
 def _layer(module: nn.Module) -> nn.Module:
@@ -428,7 +424,7 @@ def _timm_config(tower: nn.Module) -> dict[str, Any]:
     pool = getattr(t.trunk, "global_pool", None)
     if "pool" in head:
         pool = "abs_attn" if _absolute_pool(tower) is not None else "rot_attn"
-    cfg: dict[str, Any] = {"image_size": plain(tuple(_pair(t.image_size))), "timm_model_pretrained": False}
+    cfg: dict[str, Any] = {"image_size": plain(tuple(pair(t.image_size))), "timm_model_pretrained": False}
     if isinstance(cfg["image_size"], tuple):
         cfg["image_size"] = list(cfg["image_size"])
     if isinstance(pool, str):

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from anypatch.empty import empty
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
-from anypatch.libraries.base import Example, class_tokens, comes_from, plain
+from anypatch.libraries.base import Example, class_tokens, comes_from, pair, plain
 from anypatch.roles import Facts
 from anypatch.twins import Subject
 
@@ -111,11 +111,11 @@ def _stem(model: Any) -> Stem:
         size = getattr(_parent(model, path), "patch_size", None)
         if size is None:
             raise UnsupportedModelError(f"{path} of {_title(model)} is a linear layer whose patch size is not known")
-        patch = _pair(size)
+        patch = pair(size)
         return Stem(_geometry(model, patch, patch, path), (path,))
     stride, kernel = tuple(projection.stride), tuple(projection.kernel_size)
     if kind == "TNT":
-        patch = _pair(core.pixel_embed.patch_size)
+        patch = pair(core.pixel_embed.patch_size)
         return Stem(_geometry(model, patch, patch, path), (path,), whole=True)
     if kind == "PoolingVisionTransformer":
         geometry = _geometry(model, stride, kernel, path)
@@ -143,8 +143,8 @@ def _stem(model: Any) -> Stem:
 
 def _behind_backbone(model: Any, core: Any, embed: Any) -> Stem:
     """A convolutional backbone, then a projection of its feature map: only the projection is linear."""
-    unit = _pair(embed.feature_ratio)
-    patch = tuple(u * p for u, p in zip(unit, _pair(embed.patch_size), strict=True))
+    unit = pair(embed.feature_ratio)
+    patch = tuple(u * p for u, p in zip(unit, pair(embed.patch_size), strict=True))
     geometry = _geometry(model, patch, patch, "patch_embed.proj")
     if isinstance(embed.proj, nn.Identity):
         return Stem(
@@ -207,10 +207,6 @@ def _layer(model: Any, path: str) -> nn.Module:
 
 def _parent(model: Any, path: str) -> nn.Module:
     return _core(model).get_submodule(path.rpartition(".")[0])
-
-
-def _pair(size: Any) -> Size:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _image_size(model: Any, path: str | None) -> Size:
@@ -402,7 +398,7 @@ def _create(model: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> Any
     if _recorded(twin):
         twin._model_args = {**twin._model_args, **sizes}
     if "img_size" in sizes and hasattr(twin, "_traits"):
-        twin._traits = {**twin._traits, "img_size": _pair(sizes["img_size"])}
+        twin._traits = {**twin._traits, "img_size": pair(sizes["img_size"])}
     return twin
 
 
@@ -431,7 +427,7 @@ def _build_tnt(model: Any, core: Any, geometry: Geometry) -> Any:
     kernel, stride and padding are scaled together.
     """
     live: Any = _unwrapped(core.pixel_embed.proj)
-    native = tuple(p * 7 // k for p, k in zip(_pair(core.pixel_embed.patch_size), live.kernel_size, strict=True))
+    native = tuple(p * 7 // k for p, k in zip(pair(core.pixel_embed.patch_size), live.kernel_size, strict=True))
     grid = geometry.grid
     assert grid is not None
     sizes = {
