@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from anypatch.adapt import adapt, describe, host
 from anypatch.errors import GeometryError, UnsupportedModelError
-from anypatch.geometry import Geometry, Size, SizeLike, as_size, show
+from anypatch.geometry import Size, SizeLike, as_size, show
 from anypatch.libraries.base import Example
 from anypatch.resize import Pi, resize_matrix
 
@@ -83,7 +83,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     adapted = describe(subject)
     example = host(subject).example(adapted.model, adapted.geometry)
     after = list(tensors(_forward(example, subject, pixels, seed)))
-    return _compare(before, after, current, target, method)
+    return _compare(before, after, target)
 
 
 def _forward(example: Any, model: nn.Module, pixels: Tensor, seed: int) -> Any:
@@ -92,14 +92,12 @@ def _forward(example: Any, model: nn.Module, pixels: Tensor, seed: int) -> Any:
         return example.call(model, pixels)
 
 
-def _compare(before: list[Tensor], after: list[Tensor], current: Geometry, target: Size, method: Pi) -> Check:
+def _compare(before: list[Tensor], after: list[Tensor], target: Size) -> Check:
     if len(before) != len(after):
         raise UnsupportedModelError(f"the adapted model returns {len(after)} tensors, the original {len(before)}")
     worst, compared = 0.0, 0
     for a, b in zip(before, after, strict=True):
-        if not a.is_floating_point():
-            continue
-        if a.shape != b.shape:
+        if not a.is_floating_point() or a.shape != b.shape:
             continue
         scale = a.abs().max().item()
         error = (a - b).abs().max().item() / scale if scale else (b.abs().max().item())
@@ -161,6 +159,3 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors(item)
-
-
-__all__ = ["Check", "check", "enlarge", "randomise", "tensors"]

@@ -80,7 +80,7 @@ class Plan:
         self._modules: list[tuple[nn.Module, str, nn.Module | None]] = []
         self._merger = Merger()
         old, new = self._twins()
-        self._probe = self._probe_twin(old)
+        self._probe = self._probe_twin()
         self._diff(old, new)
         self._follow_references()
         if subject.finish is not None:
@@ -94,7 +94,7 @@ class Plan:
         new = empty(lambda: subject.build(self.target))
         return old, new
 
-    def _probe_twin(self, old: nn.Module) -> nn.Module | None:
+    def _probe_twin(self) -> nn.Module | None:
         """A third twin, where the token or pixel count stays the same although the grid or patch does not."""
         a, b = self.subject.geometry, self.target
         same_tokens = a.grid != b.grid and a.grid and b.grid and math.prod(a.grid) == math.prod(b.grid)
@@ -210,21 +210,14 @@ class Plan:
             if not axes:
                 continue
             case = self._case(full, a, b, axes, owners)
-            found = False
             for live in lives:
                 parameter = live._parameters.get(name)
-                if parameter is None:
+                if parameter is not None:
+                    self._resample(case, parameter)
                     continue
-                found = True
-                self._resample(case, parameter)
-            if not found and a is not None and lives:
-                self._require_absent(full, lives, name)
-
-    def _require_absent(self, full: str, lives: list[nn.Module], name: str) -> None:
-        for live in lives:
-            parametrizations = live._modules.get("parametrizations")
-            if parametrizations is not None and name in parametrizations._modules:
-                raise UnsupportedModelError(f"{full} is parametrized; remove the parametrization before adapting")
+                parametrizations = live._modules.get("parametrizations")
+                if parametrizations is not None and name in parametrizations._modules:
+                    raise UnsupportedModelError(f"{full} is parametrized; remove the parametrization before adapting")
 
     def _dependent_axes(self, path: str, name: str, a: Tensor, b: Tensor, full: str) -> tuple[int, ...]:
         shapes = [a.shape, b.shape]
