@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from anypatch.resize import (
     Pi,
     Wiener,
     as_method,
-    axis_matrix,
     resize_kernel,
     resize_linear,
     resize_pixels,
@@ -141,7 +141,7 @@ def test_wiener_is_the_best_linear_estimator_of_simulated_pixels(old: int, new: 
         for side in (old, new)
     )
     error = {
-        method: float((two @ axis_matrix(method, old, new) - one).square().mean())
+        method: float((two @ as_method(method).matrix(old, new) - one).square().mean())
         for method in (Wiener(2.0), Wiener(2.0, filter="bilinear"), Wiener(0.0), "pi", "bicubic")
     }
     centred, target = two - two.mean(1, keepdim=True), one - two.mean(1, keepdim=True)
@@ -155,7 +155,7 @@ def test_wiener_is_the_best_linear_estimator_of_simulated_pixels(old: int, new: 
 @few
 @given(st.sampled_from(NAMES), SIDES, SIDES)
 def test_matrices_are_finite_and_mirror_symmetric(method: str, old: int, new: int) -> None:
-    matrix = axis_matrix(method, old, new)
+    matrix = as_method(method).matrix(old, new)
     assert matrix.dtype == torch.float64
     assert matrix.shape == (new, old)
     torch.testing.assert_close(matrix, matrix.flip(0, 1), rtol=1e-6, atol=1e-8)
@@ -204,7 +204,7 @@ def test_meta_kernels_give_meta_kernels() -> None:
 
 def test_three_sizes_are_time_height_width() -> None:
     weight = randn(2, 3, 2, 4, 6)
-    matrices = [axis_matrix("wiener", o, n) for o, n in ((2, 4), (4, 5), (6, 3))]
+    matrices = [Wiener().matrix(o, n) for o, n in ((2, 4), (4, 5), (6, 3))]
     wanted = torch.einsum("octhw,Tt,Hh,Ww->ocTHW", weight, *matrices)
     torch.testing.assert_close(resize_kernel(weight, (4, 5, 3)), wanted)
     torch.testing.assert_close(resize_kernel(weight, (5, 3)), resize_kernel(weight, (2, 5, 3)))
@@ -240,10 +240,34 @@ def test_a_resized_pixel_head_gives_the_resized_image(order: str, axes: str) -> 
     torch.testing.assert_close(image(functional.linear(tokens, weight, bias), 7, 3), wanted)
 
 
-def test_strides_set_the_scale_of_overlapping_windows() -> None:
-    exact = axis_matrix("wiener", 16, 32, strides=(8, 16))
-    torch.testing.assert_close(exact, axis_matrix("wiener", 16, 32))
-    assert not torch.allclose(axis_matrix("wiener", 16, 19, strides=(10, 12)), axis_matrix("wiener", 16, 19))
+@pytest.mark.parametrize(("old", "new", "shift"), [(16, 32, 2), (16, 24, 1), (16, 20, 0.5), (16, 8, -1), (16, 18, 0)])
+def test_a_window_that_starts_later_still_sees_the_same_picture(old: int, new: int, shift: float) -> None:
+    phase = torch.rand(200, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def picture(place: torch.Tensor) -> torch.Tensor:  # in old pixels
+        return torch.sin(2 * math.pi * (place / 50 + phase))
+
+    seen = picture((torch.arange(new) + 0.5 + shift) * (old / new))
+    wanted = picture(torch.arange(old) + 0.5)
+    error = (seen @ Wiener().matrix(old, new, shift) - wanted).norm() / wanted.norm()
+    assert error < (0.02 if new >= old else 0.07)
+    assert not shift or error < 0.3 * (seen @ Wiener().matrix(old, new) - wanted).norm() / wanted.norm()
+
+
+@pytest.mark.parametrize("method", ["pi", "bicubic"])
+@pytest.mark.parametrize("shift", [-2, 2])
+def test_a_window_that_starts_later_leaves_out_what_is_beyond_the_patch(method: str, shift: int) -> None:
+    kernel, patch = randn(8), randn(8, seed=1)
+    matrix = as_method(method).matrix(8, 16, shift)
+    assert matrix[slice(14, 16) if shift > 0 else slice(0, 2)].abs().max() < 1e-12
+    if method == "pi":  # all pixels of the patch can be told from those of its enlarged copy that are seen
+        enlarged = functional.interpolate(patch[None, None, None], (1, 16), mode="bicubic", antialias=True).flatten()
+        window = torch.zeros(16, dtype=torch.float64)
+        start, stop = max(-shift, 0), 16 - max(shift, 0)
+        window[start:stop] = enlarged[start + shift : stop + shift]
+        torch.testing.assert_close((matrix @ kernel) @ window, kernel @ patch)
+    with pytest.raises(GeometryError, match=r"moves by 0\.5 pixels"):
+        as_method(method).matrix(8, 16, 0.5)
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, True, "16", (16,), (16, 0), (1, 2, 3, 4), None, (16, "a")])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anypatch.errors import GeometryError
-from anypatch.resize import Wiener, axis_matrix, resize_kernel
+from anypatch.resize import Wiener, resize_kernel
 from anypatch.statistics import PixelStatistics
 
 
@@ -66,15 +66,15 @@ def test_power_is_per_pixel_of_the_models_image_whatever_the_files_size() -> Non
 def test_the_unit_of_power_does_not_matter() -> None:
     one = PixelStatistics(frequencies=(0.01, 0.5), powers=(1.0, 0.01))
     two = PixelStatistics(frequencies=(0.01, 0.5), powers=(1000.0, 10.0))
-    torch.testing.assert_close(axis_matrix(one, 14, 10), axis_matrix(two, 14, 10))
+    torch.testing.assert_close(one.matrix(14, 10), two.matrix(14, 10))
 
 
 def test_measured_power_laws_give_the_kernel_of_that_law() -> None:
     white = PixelStatistics.from_images(noise_images(0.0, 8), 256, progress=False)
     walk = PixelStatistics.from_images(noise_images(2.0, 8), 256, progress=False)
-    wanted = {slope: axis_matrix(Wiener(slope), 14, 10) for slope in (0.0, 2.0)}
+    wanted = {slope: Wiener(slope).matrix(14, 10) for slope in (0.0, 2.0)}
     for found, slope in ((white, 0.0), (walk, 2.0)):
-        matrix = axis_matrix(found, 14, 10)
+        matrix = found.matrix(14, 10)
         assert (matrix - wanted[slope]).norm() < 0.2 * (wanted[0.0] - wanted[2.0]).norm()
 
 

@@ -31,7 +31,7 @@ KINDS = [
     "timesformer", "vivit", "clip, both towers", "siglip2", "groupvit", "x_clip", "depth_anything", "depth_pro",
     "sam, whole", "seggpt", "layoutlmv3", "vilt", "fuyu", "blip_2", "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v",
     "got_ocr2", "idefics3", "inkling2", "kimi_k25", "llama4", "llava_next", "minicpmv4_6", "mllama", "molmo2",
-    "muse_glimmer", "paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "radio", "rf_detr",
+    "muse_glimmer", "paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "radio", "rf_detr", "vitpose",
 ]  # fmt: skip
 HEADS = ["vit masked image modelling", "vit_mae pre-training", "videomae pre-training", "clipseg"]
 RECTANGLES = ["vit", "dinov2", "dinov3_vit", "swin", "videomae", "vitdet", "internvl"]
@@ -121,7 +121,6 @@ def test_a_table_that_forward_takes_for_a_square() -> None:
         ("pvt", "later stages"),
         ("neomme", "normalises the pixels"),
         ("gemma4_unified", "patch_ln1"),
-        ("vitpose_backbone", "patch_embeddings.projection.weight.*padding"),
         ("vitmatte", "decoder"),
         ("swin2sr", "fixes the patch at 1"),
         ("minimax_m2 (MiniMax-M2)", "text only: it has no vision tower"),
@@ -134,6 +133,21 @@ def test_refusals_name_the_reason(name: str, reason: str) -> None:
     model = FAMILIES[name].build()
     with pytest.raises(UnsupportedModelError, match=reason):
         anypatch.adapt(model, patch_size=doubled(model), keep="grid")
+
+
+@torch.no_grad()
+def test_padding_that_does_not_grow_with_the_patch(tmp_path: Path) -> None:
+    model = made("vitpose").eval()  # its class pads by 2 pixels whatever the patch is
+    drawn = torch.nn.functional.interpolate(torch.randn(2, 3, 8, 8), 64, mode="bicubic")
+    larger = torch.nn.functional.interpolate(drawn, 128, mode="bicubic")
+    wanted = model(drawn).heatmaps
+    anypatch.adapt(model, 32, keep="grid")
+    found = model(larger).heatmaps
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(larger).heatmaps, found)
+    with pytest.raises(GeometryError, match="more than 4"):
+        anypatch.adapt(model, 4, keep="grid")
 
 
 # -- other grids: against the model built there ------------------------------------------------------------

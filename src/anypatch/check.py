@@ -9,6 +9,7 @@ than float noise is something the adaptation forgot.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     inner = describe(subject)
     example = host(subject).example(inner.model, inner.geometry)
     pixels = torch.randn(example.shape, generator=generator)
+    _blank(pixels, current.patch_size, target, inner.facts.padding)
     before = list(tensors(_forward(example, subject, pixels, seed)))
     adapt(subject, target, keep="grid", kernel=method)
     pixels = enlarge(pixels, _in_units(current.patch_size, example), _in_units(target, example), method)
@@ -131,6 +133,14 @@ def _in_units(size: Size, example: Example) -> Size:
     """A patch in entries of the map that is fed: pixels, unless the linear part of the stem comes later."""
     unit = (1,) * (len(size) - len(example.unit)) + example.unit
     return tuple(s // u for s, u in zip(size, unit, strict=True))
+
+
+def _blank(pixels: Tensor, patch: Size, target: Size, padding: int) -> None:
+    """Set to zero what a window with a fixed padding no longer sees, as it starts later in a larger patch."""
+    for axis, old, new in zip((-2, -1), patch[-2:], target[-2:], strict=True):
+        unseen = math.floor(padding - padding * old / new)
+        rows = torch.arange(pixels.shape[axis])
+        pixels.index_fill_(axis, rows[(rows + padding) % old < unseen], 0.0)
 
 
 def enlarge(pixels: Tensor, patch: Size, target: Size, method: Pi) -> Tensor:

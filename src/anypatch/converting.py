@@ -193,22 +193,26 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
     files = list(_other_files(source, {*texts, *headers}))
     names = {*texts, *headers, *(f.relative_to(source).parts[0] for f in files)}
     total = sum(h.file_size for h in headers.values()) + sum(f.stat().st_size for f in files)
-    with _progress(target.name, total) as progress, streaming.replacing_directory(target, names) as place:
+    with (
+        _progress(target.name, total) as progress,
+        streaming.replacing_directory(target, names) as place,
+        streaming.Flusher(target) as flusher,
+    ):
         for shard, header in headers.items():
             mine = {name: value for name, value in values.items() if name in header.entries}
             if not mine:
-                streaming.copy_file(header.path, place / shard, link, progress)
+                streaming.copy_file(header.path, place / shard, flusher, link, progress)
                 continue
             shapes = {name: tuple(value.shape) for name, value in mine.items()}
             with (place / shard).open("xb") as file:
                 streaming.write_safetensors(file, header, shapes, lambda n, m=mine: tensor_bytes(m[n]), progress)  # type: ignore[misc]
-                os.fsync(file.fileno())
+                flusher.add(file)
         for path in files:
             copied = place / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            streaming.copy_file(path, copied, link, progress)
+            streaming.copy_file(path, copied, flusher, link, progress)
         for name, text in texts.items():
-            streaming.write_text(place / name, text)
+            streaming.write_text(place / name, text, flusher)
 
 
 Converted = tuple[dict[str, str], dict[str, Header], dict[str, Tensor]]

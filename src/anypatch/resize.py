@@ -38,15 +38,24 @@ def resize_matrix(old: int, new: int, filter: str = "bicubic", antialias: bool =
     return rows[0, :, 0, :].T.contiguous()
 
 
+def _moved(matrix: Tensor, shift: float) -> Tensor:
+    """Rows of a resize matrix for a window that starts `shift` rows later; rows beyond the patch are zero."""
+    if shift != int(shift):
+        raise GeometryError(f"a window that moves by {shift:g} pixels needs kernel 'wiener', or another patch size")
+    count = len(matrix)
+    padded = functional.pad(matrix, (0, 0, max(-int(shift), 0), max(int(shift), 0)))
+    return padded[max(int(shift), 0) :][:count]
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to resize one axis. Subclasses give `matrix`."""
 
-    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
+    def matrix(self, old: int, new: int, shift: float = 0.0) -> Tensor:
         """The (new, old) float64 matrix that takes an old kernel's axis to the new one.
 
-        `pitch` is the width of a new pixel in old pixels, `old / new` unless the window of an
-        overlapping stem does not scale exactly with its stride.
+        `shift` is how far the new window starts behind the old one, in new pixels. It is zero unless the stem
+        pads its input by a number of pixels that does not scale with the patch.
         """
         raise NotImplementedError
 
@@ -63,8 +72,8 @@ class Pi(Method):
     filter: str = "bicubic"
     antialias: bool = True
 
-    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
-        return torch.linalg.pinv(resize_matrix(old, new, self.filter, self.antialias)).T
+    def matrix(self, old: int, new: int, shift: float = 0.0) -> Tensor:
+        return torch.linalg.pinv(_moved(resize_matrix(old, new, self.filter, self.antialias), shift)).T
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class Interpolate(Method):
     filter: str = "bicubic"
     antialias: bool = True
 
-    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
-        return resize_matrix(old, new, self.filter, self.antialias) * (old / new)
+    def matrix(self, old: int, new: int, shift: float = 0.0) -> Tensor:
+        return _moved(resize_matrix(old, new, self.filter, self.antialias), shift) * (old / new)
 
 
 @dataclass(frozen=True)
@@ -103,16 +112,16 @@ class Wiener(Method):
         """Power of the pixels at frequencies in cycles per old pixel, up to a factor."""
         return frequency**-self.slope
 
-    def matrix(self, old: int, new: int, pitch: float | None = None) -> Tensor:
-        pitch = old / new if pitch is None else pitch
-        period = 3.0 * max(old, new * pitch)  # a patch and its neighbours, on a circle
+    def matrix(self, old: int, new: int, shift: float = 0.0) -> Tensor:
+        pitch = old / new  # of a new pixel, in old pixels
+        period = 3.0 * old  # a patch and its neighbours, on a circle
         reach = 1.0 if self.antialias else 4.0  # cycles per pixel beyond which nothing is left to alias
         count = math.ceil(reach * period / min(1.0, pitch))
         frequency = torch.arange(1, count + 1, dtype=torch.float64) / period
         power = self.power(frequency)
         power = (power / power.sum()).repeat(2)
         pixels = torch.arange(old + new, dtype=torch.float64) + 0.5
-        centre = torch.cat([pixels[:old], pixels[:new] * pitch])
+        centre = torch.cat([pixels[:old], (pixels[:new] + shift) * pitch])
         gain = self._gain(torch.stack([frequency, frequency * pitch]))
         gain = torch.cat([gain[:1].expand(old, count), gain[1:].expand(new, count)])
         phase = torch.outer(centre, frequency * (2 * math.pi))
@@ -175,18 +184,17 @@ def as_method(method: MethodLike) -> Method:
     )
 
 
-def axis_matrix(method: MethodLike, old: int, new: int, strides: tuple[int, int] | None = None) -> Tensor:
-    """The (new, old) float64 matrix for one axis. `strides` (old, new) fix the scale of overlaps."""
-    if old == new and (strides is None or strides[0] == strides[1]):
-        return torch.eye(old, dtype=torch.float64)
-    return as_method(method).matrix(old, new, None if strides is None else strides[0] / strides[1])
-
-
-def resize_kernel(weight: Tensor, size: int | Sequence[int], method: MethodLike = "wiener") -> Tensor:
+def resize_kernel(
+    weight: Tensor,
+    size: int | Sequence[int],
+    method: MethodLike = "wiener",
+    shifts: Sequence[float] = (0.0, 0.0, 0.0),
+) -> Tensor:
     """Resize a patch kernel (..., h, w) to (..., *size); with three sizes, (..., t, h, w).
 
     An int stands for both spatial axes. Type and device are kept; arithmetic is float32 or better. The
-    result is a new tensor that takes no part in gradients.
+    result is a new tensor that takes no part in gradients. `shifts` is how far the new window starts behind
+    the old one on each axis, in new pixels (see `Method.matrix`).
     """
     new = _sizes(size)
     _need_floating(weight, "kernel")
@@ -196,9 +204,9 @@ def resize_kernel(weight: Tensor, size: int | Sequence[int], method: MethodLike 
     if 0 in old:
         raise GeometryError(f"a kernel of shape {tuple(weight.shape)} has no pixels")
     kind = as_method(method)
-    pairs = list(zip(old, new, strict=True))
-    matrices = {pair: kind.matrix(*pair) for pair in {*pairs} if pair[0] != pair[1]}
-    return _apply(weight, [matrices.get(pair) for pair in pairs])
+    axes = list(zip(old, new, shifts, strict=False))
+    matrices = {axis: kind.matrix(*axis) for axis in {*axes} if axis[0] != axis[1]}
+    return _apply(weight, [matrices.get(axis) for axis in axes])
 
 
 def resize_linear(

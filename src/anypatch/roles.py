@@ -37,6 +37,7 @@ class Facts:
         folded: regular expression on a tensor's name -> (outer, inner), for tables that keep ``outer`` grids of
             ``inner`` values per token in one axis.
         whole_multiples: whether exactness needs whole multiples of the patch (padded or cropped inputs).
+        padding: pixels of padding before the first patch that stay the same when the patch changes.
     """
 
     orders: dict[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Facts:
     grids: Callable[[Geometry], list[Size]] = field(default=lambda geometry: [])
     folded: dict[str, tuple[int, int]] = field(default_factory=dict)
     whole_multiples: bool = False
+    padding: int = 0
 
     def order(self, name: str) -> str | None:
         return next((order for pattern, order in self.orders.items() if re.search(pattern, name)), None)
@@ -122,24 +124,25 @@ def _convolution(case: Case, leaf: str) -> Role:
         k0 * s1 == k1 * s0
         for k0, k1, s0, s1 in zip(old.kernel_size, new.kernel_size, old.stride, new.stride, strict=True)
     )
-    if isinstance(old.padding, str) or isinstance(new.padding, str):
-        padded_alike = old.padding == new.padding == "valid"
-    else:
-        padded_alike = all(
-            p0 * k1 == p1 * k0
-            for p0, p1, k0, k1 in zip(
-                tuple(old.padding), tuple(new.padding), old.kernel_size, new.kernel_size, strict=True
-            )
-        )
-    if not (scales_alike and padded_alike):
+    if not scales_alike or "same" in (old.padding, new.padding):
         raise UnsupportedModelError(
-            f"{case.name}: kernel {show(old.kernel_size)} -> {show(new.kernel_size)} does not scale with its stride "
-            f"{show(old.stride)} -> {show(new.stride)} and padding {old.padding} -> {new.padding}: "
-            f"the stem is not one linear map per patch"
+            f"{case.name}: kernel {show(old.kernel_size)} -> {show(new.kernel_size)} with stride {show(old.stride)} -> "
+            f"{show(new.stride)} and padding {old.padding} -> {new.padding}: the stem is not one linear map per patch"
         )
+    # Where the window starts, in new pixels: the padding may not have grown with the patch.
+    shifts = [
+        p0 * k1 / k0 - p1
+        for p0, p1, k0, k1 in zip(_padding(old), _padding(new), old.kernel_size, new.kernel_size, strict=True)
+    ]
     size = tuple(new.kernel_size)
     what = "patch projection" if old.kernel_size == old.stride else "patch projection, overlapping"
-    return Role(what, lambda w: resize.resize_kernel(w, size, case.method))
+    if any(shifts):
+        what += ", shifted"
+    return Role(what, lambda w: resize.resize_kernel(w, size, case.method, shifts))
+
+
+def _padding(conv: _ConvNd) -> tuple[int, ...]:
+    return (0,) * len(conv.kernel_size) if isinstance(conv.padding, str) else tuple(conv.padding)
 
 
 def _transposed(case: Case, old: nn.Module, new: nn.Module) -> Role:

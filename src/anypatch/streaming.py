@@ -1,7 +1,8 @@
 """Write files and directories so that a full disk, a kill or a read error leaves what was there before.
 
-Everything is written beside its target, flushed to the disk and renamed. What a killed run left behind is cleaned by
-the next one: a running one holds a lock on what it writes, so debris is what nobody has locked.
+Everything is written beside its target and renamed; what replaces something is flushed to the disk first. What a killed
+run left behind is cleaned by the next one: a running one holds a lock on what it writes, so debris is what nobody has
+locked.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import json
 import os
 import shutil
 import stat
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from anypatch.errors import CheckpointError
 from anypatch.readers import BITS, Header
@@ -28,7 +29,7 @@ except ImportError:  # Windows: nothing is locked, so nothing is taken for debri
     fcntl = None  # type: ignore[assignment]
 
 CHUNK = 8 << 20
-FLUSH = 256 << 20  # bytes after which the disk is set to work
+STEP = 256 << 20  # bytes copied between two signs of progress
 MARK = ".anypatch-"
 RENAME_EXCHANGE = 2
 NO_RANGES = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
@@ -60,10 +61,10 @@ def replacing_file(target: Path) -> Iterator[BinaryIO]:
         file = os.fdopen(descriptor, "r+b")
         try:
             _lock(descriptor)
-            yield file
-            file.flush()
+            with Flusher(target) as flusher:
+                yield file
+                flusher.add(file)
             os.fchmod(descriptor, _mode(target))
-            os.fsync(descriptor)
             path.replace(target)
             _sync_directory(parent)
         except BaseException:
@@ -226,30 +227,28 @@ def copy_range(source: BinaryIO, start: int, target: BinaryIO, count: int, progr
     """
     target.flush()
     position, end = start, start + count
-    with _Flusher(target.fileno()) as flusher:
-        ranges = hasattr(os, "copy_file_range")
-        while position < end:
-            done = 0
-            if ranges:
-                try:
-                    done = os.copy_file_range(
-                        source.fileno(), target.fileno(), min(end - position, FLUSH), offset_src=position
-                    )
-                except OSError as error:
-                    if error.errno not in NO_RANGES:
-                        raise
-                if not done:
-                    ranges = False
-                    continue
-            else:
-                data = os.pread(source.fileno(), min(CHUNK, end - position), position)
-                if not data:
-                    raise CheckpointError(f"{source.name} ends at byte {position}: it was cut off while being read")
-                _write_all(target.fileno(), data)
-                done = len(data)
-            position += done
-            flusher.wrote(done)
-            progress(done)
+    ranges = hasattr(os, "copy_file_range")
+    while position < end:
+        done = 0
+        if ranges:
+            try:
+                done = os.copy_file_range(
+                    source.fileno(), target.fileno(), min(end - position, STEP), offset_src=position
+                )
+            except OSError as error:
+                if error.errno not in NO_RANGES:
+                    raise
+            if not done:
+                ranges = False
+                continue
+        else:
+            data = os.pread(source.fileno(), min(CHUNK, end - position), position)
+            if not data:
+                raise CheckpointError(f"{source.name} ends at byte {position}: it was cut off while being read")
+            _write_all(target.fileno(), data)
+            done = len(data)
+        position += done
+        progress(done)
     target.seek(0, os.SEEK_END)
 
 
@@ -259,34 +258,48 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-class _Flusher:
-    """Sets the disk to work while more is copied, so that the flush at the end is short."""
+class Flusher:
+    """Flushes files that are complete to the disk, in threads, while the next ones are written.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._pending = descriptor, 0
-        self._thread: threading.Thread | None = None
+    The block ends when all are flushed. Where nothing is replaced there is nothing to lose, and files are left to the
+    operating system's own time, as ``cp`` does.
 
-    def __enter__(self) -> _Flusher:
+    Args:
+        replaced: what the files will replace.
+
+    Raises:
+        OSError: one could not be flushed, at the end of the block.
+    """
+
+    def __init__(self, replaced: Path) -> None:
+        self._needed = replaced.exists()
+        self._pool = ThreadPoolExecutor(2)
+        self._running: list[Future[None]] = []
+
+    def __enter__(self) -> Flusher:
         return self
 
-    def wrote(self, count: int) -> None:
-        self._pending += count
-        if self._pending >= FLUSH and (self._thread is None or not self._thread.is_alive()):
-            self._pending = 0
-            self._thread = threading.Thread(target=self._flush, daemon=True)
-            self._thread.start()
+    def add(self, file: IO[Any]) -> None:
+        """Flush a file, which may be closed meanwhile."""
+        file.flush()
+        if self._needed:
+            self._running.append(self._pool.submit(_flush, os.dup(file.fileno())))
 
-    def _flush(self) -> None:
-        with contextlib.suppress(OSError):
-            os.fsync(self._descriptor)  # errors come again at the end
-
-    def __exit__(self, *_: Any) -> None:
-        if self._thread is not None:
-            self._thread.join()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        for flushed in self._running if kind is None else ():
+            flushed.result()
 
 
-def copy_file(source: Path, target: Path, link: bool = False, progress: Progress = _silent) -> None:
-    """Copy a whole file (or give it a second name), and flush it to the disk.
+def _flush(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_file(source: Path, target: Path, flusher: Flusher, link: bool = False, progress: Progress = _silent) -> None:
+    """Copy a whole file (or give it a second name).
 
     Raises:
         CheckpointError: it cannot be read.
@@ -301,8 +314,7 @@ def copy_file(source: Path, target: Path, link: bool = False, progress: Progress
             pass  # another file system, or one without links
     with source.open("rb") as reader, target.open("xb") as writer:
         copy_range(reader, 0, writer, size, progress)
-        writer.flush()
-        os.fsync(writer.fileno())
+        flusher.add(writer)
     target.chmod(stat.S_IMODE(source.stat().st_mode) | 0o600)
 
 
@@ -379,9 +391,8 @@ def header_bytes(described: Mapping[str, tuple[str, tuple[int, ...], int]], meta
     return len(raw).to_bytes(8, "little") + raw
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small new file and flush it."""
+def write_text(path: Path, text: str, flusher: Flusher) -> None:
+    """Write a small new file."""
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        flusher.add(file)

@@ -198,7 +198,9 @@ def _shrunk() -> Iterator[Family]:
               num_heads=[2], embed_dim=16, patch_size=1, refused=True)  # fmt: skip
     yield row("focalnet", "FocalNetModel", "none", image_size=32, patch_size=2, embed_dim=16, depths=[1, 1],
               hidden_sizes=[16, 32], focal_levels=[1, 1], focal_windows=[3, 3])  # fmt: skip
-    yield row("vitpose_backbone", "VitPoseBackbone", "learned", refused=True, patch_size=[16, 16], image_size=[64, 64])
+    yield row("vitpose_backbone", "VitPoseBackbone", "learned", patch_size=[16, 16], image_size=[64, 64])
+    yield row("vitpose", "VitPoseForPoseEstimation", "learned", backbone_config__patch_size=[16, 16],
+              backbone_config__image_size=[64, 64])  # fmt: skip
     # text and image in one stream
     yield row("layoutlmv3", "LayoutLMv3Model", learned, input_size=16, coordinate_size=4, shape_size=8)
     yield row("udop", "UdopEncoderModel", "none, from boxes")

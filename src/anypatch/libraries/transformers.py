@@ -263,6 +263,12 @@ def _build(model: nn.Module, geometry: Geometry, current: Geometry) -> nn.Module
             raise UnsupportedModelError(
                 f"{type(model).__name__} accepts only square patches, not {show(geometry.patch_size)}"
             )
+    padding = _stem_padding(model)
+    if padding and min(geometry.patch_size[-2:]) <= 2 * padding:
+        raise GeometryError(
+            f"{type(model).__name__} pads images by {padding} pixels on every side, which makes another patch of "
+            f"patch_size {show(geometry.patch_size)}: take more than {2 * padding}"
+        )
     grid = geometry.grid
     if grid is not None and grid[-2] != grid[-1] and grid != current.grid and _needs_square_grid(model):
         raise GeometryError(
@@ -480,7 +486,23 @@ def _facts(model: nn.Module) -> Facts:
     for _, config in _configs(_config(model)):
         if getattr(config, "max_num_tiles", None):
             tiles[r"tile_embedding\.weight"] = (config.max_num_tiles, config.hidden_size)
-    return Facts(folded=tiles, orders=orders, suffix_tokens=getattr(_config(model), "num_detection_tokens", None) or 0)
+    padding = _stem_padding(model)
+    return Facts(
+        folded=tiles,
+        orders=orders,
+        suffix_tokens=getattr(_config(model), "num_detection_tokens", None) or 0,
+        whole_multiples=padding > 0,
+        padding=padding,
+    )
+
+
+def _stem_padding(model: nn.Module) -> int:
+    """Pixels that a patch projection without overlap adds around the image (ViTPose's)."""
+    patch = _pair(getattr(_parts(model)[0].config, "patch_size", None))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride == patch and module.in_channels <= 4:
+            return 0 if isinstance(module.padding, str) else module.padding[0]
+    return 0
 
 
 # -- the proof's inputs ------------------------------------------------------------------------------------
