@@ -29,7 +29,7 @@ CLASSES = (
     "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()  # noqa: SIM905
 )
 PATCHES = (7, 14, 16, 28, 56)
-TRAIN, TEST = 200, 400  # images: enough to tell patch sizes apart, few enough for a laptop
+TRAIN, TEST = 1000, 2000
 
 
 def fashion_mnist() -> Path:

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 from torch import nn
 
+from anypatch.errors import GeometryError
 from anypatch.geometry import Geometry, Keep, SizeLike, target_geometry
 from anypatch.libraries import recognise
 from anypatch.libraries.base import HostLibrary
+from anypatch.positions import ANTIALIASED, PositionsLike
 from anypatch.resize import as_method
 from anypatch.twins import Plan, Subject
 
@@ -21,6 +23,7 @@ def adapt(
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
 ) -> nn.Module:
     """Change the patch size or image size of a live model, in place.
 
@@ -34,6 +37,8 @@ def adapt(
         image_size: pixels, likewise; without it ``keep`` decides.
         keep: ``"image"`` keeps the image size and changes the grid; ``"grid"`` keeps the grid.
         kernel: how patch kernels are resized, as in :func:`anypatch.resize_kernel`.
+        positions: how absolute position tables are resampled when the grid changes: ``"antialias"``, bicubic with
+            antialias for every library, or ``"host"``, as the model's own library does it.
 
     Returns:
         ``model`` itself.
@@ -43,7 +48,7 @@ def adapt(
         UnsupportedModelError: the model cannot be adapted; the message names the layer and why.
         When it raises, the model is what it was.
     """
-    plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel)
+    plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     if plan is not None:
         plan.apply()
     return model
@@ -56,14 +61,17 @@ def make_plan(
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
 ) -> Plan | None:
     """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s."""
     method = as_method(kernel)
+    if positions not in ("antialias", "host"):
+        raise GeometryError(f"positions must be 'antialias' or 'host', not {positions!r}")
     subject = describe(model)
     target = target_geometry(subject.geometry, patch_size, image_size, keep)
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
-    return Plan(subject, target, method)
+    return Plan(subject, target, method, subject.facts.sampling if positions == "host" else ANTIALIASED)
 
 
 def geometry(model: nn.Module) -> Geometry:

@@ -13,6 +13,7 @@ from anypatch.architectures import choose
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.fitting import LOADERS
 from anypatch.geometry import Keep, SizeLike
+from anypatch.positions import PositionsLike
 from anypatch.readers import Checkpoint, read, require_finite
 
 
@@ -97,6 +98,7 @@ def convert(
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
     arch: str | None = None,
     link: bool = False,
 ) -> None:
@@ -109,7 +111,7 @@ def convert(
     Args:
         source: a checkpoint file, or a directory in the format of transformers, timm or open_clip.
         target: the ``.safetensors`` file or the directory to write; may be ``source``.
-        patch_size, image_size, keep, kernel: as in :func:`anypatch.adapt`.
+        patch_size, image_size, keep, kernel, positions: as in :func:`anypatch.adapt`.
         arch: for a file whose tensors do not tell, as in :func:`load_file`.
         link: give files that do not change a second name instead of copying them (same file system only).
 
@@ -123,7 +125,13 @@ def convert(
     source, target = Path(source), Path(target)
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
-    ask = {"patch_size": patch_size, "image_size": image_size, "keep": keep, "kernel": kernel}
+    ask = {
+        "patch_size": patch_size,
+        "image_size": image_size,
+        "keep": keep,
+        "kernel": kernel,
+        "positions": positions,
+    }
     if source.is_dir():
         if arch is not None:
             raise CheckpointError(f"{source} says itself what it is: leave out arch")

@@ -34,6 +34,11 @@ class Keep(str, Enum):
     grid = "grid"
 
 
+class Positions(str, Enum):
+    antialias = "antialias"
+    host = "host"
+
+
 class Kernel(str, Enum):
     wiener = "wiener"
     pi = "pi"
@@ -51,6 +56,9 @@ PatchSize = Annotated[Optional[str], typer.Option(help="New patch size in pixels
 RequiredPatchSize = Annotated[str, typer.Option("--patch-size", help="Patch size in pixels: 32, or HEIGHTxWIDTH.")]
 ImageSize = Annotated[Optional[str], typer.Option(help="New image size in pixels: 448, or HEIGHTxWIDTH.")]  # noqa: UP045
 KeepOption = Annotated[Keep, typer.Option(help="Without --image-size: keep the image size, or the grid.")]
+PositionsOption = Annotated[
+    Positions, typer.Option(help="How position tables are resampled: bicubic with antialias, or as the library does.")
+]
 KernelOption = Annotated[Kernel, typer.Option(help="How patch kernels are resized.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -144,6 +152,7 @@ def adapt(
     image_size: ImageSize = None,
     keep: KeepOption = Keep.image,
     kernel: KernelOption = Kernel.wiener,
+    positions: PositionsOption = Positions.antialias,
     arch: Arch = None,
     option: Options = None,
 ) -> None:
@@ -158,7 +167,7 @@ def adapt(
     model = load_source(source, option, arch)
     before = geometry(model)
     with spinner("adapting"):
-        adapt(model, patch, image, keep=keep.value, kernel=kernel.value)
+        adapt(model, patch, image, keep=keep.value, kernel=kernel.value, positions=positions.value)
     after = geometry(model)
     with spinner(f"writing {output}"):
         save(model, output)
@@ -194,6 +203,7 @@ def convert(
     image_size: ImageSize = None,
     keep: KeepOption = Keep.image,
     kernel: KernelOption = Kernel.wiener,
+    positions: PositionsOption = Positions.antialias,
     arch: Arch = None,
     link: Annotated[bool, typer.Option(help="Hard-link files that do not change instead of copying them.")] = False,
 ) -> None:
@@ -203,7 +213,8 @@ def convert(
     patch, image = size(patch_size, "--patch-size"), size(image_size, "--image-size")
     if patch is None and image is None:
         raise GeometryError("nothing to change: give --patch-size, --image-size or both")
-    convert(source, target, patch, image, keep=keep.value, kernel=kernel.value, arch=arch, link=link)
+    how = {"keep": keep.value, "kernel": kernel.value, "positions": positions.value}
+    convert(source, target, patch, image, **how, arch=arch, link=link)  # type: ignore[arg-type]
     out.print(f"wrote {escape(str(target))}")
 
 

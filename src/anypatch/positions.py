@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anypatch.geometry import Size
 
+PositionsLike: TypeAlias = Literal["antialias", "host"]
 
-def resample_grid(table: Tensor, axes: Size, new_grid: Size) -> Tensor:
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the two spatial axes of a table are interpolated, bicubically.
+
+    The default is antialiased, as timm's ``resample_abs_pos_embed`` and open_clip's ``resize_pos_embed``.
+    """
+
+    antialias: bool = True
+    align_corners: bool = False
+
+
+ANTIALIASED = Sampling()
+
+
+def resample_grid(table: Tensor, axes: Size, new_grid: Size, sampling: Sampling = ANTIALIASED) -> Tensor:
     """Resample the axes of ``table`` that span a grid to ``new_grid``.
 
-    The two spatial axes are resampled with antialiased bicubic interpolation (as timm's
-    ``resample_abs_pos_embed``); a leading time axis, where there is one, linearly.
+    The two spatial axes are resampled bicubically; a leading time axis, where there is one, linearly.
 
     Args:
         table: any shape; ``axes`` are its grid axes, in order (height, width), (time, height, width) or one.
         axes: indices of the grid axes.
         new_grid: the new length of each.
+        sampling: of the spatial axes.
 
     Returns:
         A tensor of the table's dtype with the grid axes resized.
@@ -40,7 +59,13 @@ def resample_grid(table: Tensor, axes: Size, new_grid: Size) -> Tensor:
         lead = flat.shape[:-2]
         if tuple(flat.shape[-2:]) != tuple(new_grid[-2:]):
             image = flat.reshape(-1, 1, *flat.shape[-2:])
-            image = F.interpolate(image, size=tuple(new_grid[-2:]), mode="bicubic", antialias=True)
+            image = F.interpolate(
+                image,
+                size=tuple(new_grid[-2:]),
+                mode="bicubic",
+                antialias=sampling.antialias,
+                align_corners=sampling.align_corners,
+            )
             flat = image.reshape(*lead, *new_grid[-2:])
     moved = flat.reshape(*[table.shape[a] for a in rest], *new_grid)
     inverse = [order.index(a) for a in range(table.ndim)]
@@ -53,7 +78,13 @@ def _linear(rows: Tensor, length: int) -> Tensor:
 
 
 def resample_tokens(
-    table: Tensor, axis: int, old_grid: Size, new_grid: Size, prefix: int = 0, suffix: int = 0
+    table: Tensor,
+    axis: int,
+    old_grid: Size,
+    new_grid: Size,
+    prefix: int = 0,
+    suffix: int = 0,
+    sampling: Sampling = ANTIALIASED,
 ) -> Tensor:
     """Resample an absolute position table whose ``axis`` runs over prefix tokens, the grid, suffix tokens.
 
@@ -62,13 +93,14 @@ def resample_tokens(
         axis: the token axis.
         old_grid, new_grid: grids, row-major on the token axis.
         prefix, suffix: tokens that have no place on the grid; copied.
+        sampling: of the grid.
     """
     tokens = table.shape[axis]
     before, grid, after = table.split([prefix, tokens - prefix - suffix, suffix], dim=axis)
     unfolded = grid.unflatten(axis, tuple(old_grid))
     start = axis % table.ndim
     axes = tuple(range(start, start + len(old_grid)))
-    resized = resample_grid(unfolded, axes, new_grid).flatten(start, start + len(new_grid) - 1)
+    resized = resample_grid(unfolded, axes, new_grid, sampling).flatten(start, start + len(new_grid) - 1)
     return torch.cat([before, resized, after], dim=axis)
 
 

@@ -38,6 +38,7 @@ class Facts:
             ``inner`` values per token in one axis.
         whole_multiples: whether exactness needs whole multiples of the patch (padded or cropped inputs).
         padding: pixels of padding before the first patch that stay the same when the patch changes.
+        sampling: how the library itself resamples absolute positions.
     """
 
     orders: dict[str, str] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Facts:
     folded: dict[str, tuple[int, int]] = field(default_factory=dict)
     whole_multiples: bool = False
     padding: int = 0
+    sampling: positions.Sampling = positions.ANTIALIASED
 
     def order(self, name: str) -> str | None:
         return next((order for pattern, order in self.orders.items() if re.search(pattern, name)), None)
@@ -78,6 +80,7 @@ class Case:
     new: Geometry
     facts: Facts
     method: Any
+    sampling: positions.Sampling
 
     @property
     def shapes(self) -> str:
@@ -272,7 +275,7 @@ def _map(case: Case) -> Role:
     if axes != tuple(range(axes[0], axes[0] + len(axes))) or len(axes) > 3:
         raise UnsupportedModelError(f"{case.name} ({case.shapes}) changes on axes {axes}, which is no grid")
     size = tuple(case.new_shape[a] for a in axes)
-    return Role("absolute positions (map)", lambda t: positions.resample_grid(t, axes, size))
+    return Role("absolute positions (map)", lambda t: positions.resample_grid(t, axes, size, case.sampling))
 
 
 def _grids(case: Case) -> Iterator[tuple[Size, Size]]:
@@ -323,7 +326,15 @@ def _tokens_role(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
         shown = f"{prefix} + {show(old)}" if prefix else show(old)
         return Role(
             f"absolute positions ({shown} tokens)",
-            partial(positions.resample_tokens, axis=axis, old_grid=old, new_grid=new, prefix=prefix, suffix=after),
+            partial(
+                positions.resample_tokens,
+                axis=axis,
+                old_grid=old,
+                new_grid=new,
+                prefix=prefix,
+                suffix=after,
+                sampling=case.sampling,
+            ),
         )
     return None
 

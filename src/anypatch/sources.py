@@ -12,6 +12,7 @@ from anypatch import libraries
 from anypatch.adapt import adapt, host, unwrap
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.geometry import Keep, SizeLike
+from anypatch.positions import PositionsLike
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 PREFIXES = {
@@ -35,6 +36,7 @@ def load(
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
     **host_kwargs: Any,
 ) -> nn.Module:
     """Load a pretrained model with the library that made it, then adapt it.
@@ -43,7 +45,7 @@ def load(
         source: ``timm:NAME``, ``transformers:NAME_OR_DIR``, ``open_clip:NAME/PRETRAINED``,
             ``torchvision:NAME/WEIGHTS``, ``hub:REPO:NAME``, a directory in a host library's format, or a
             checkpoint file, with ``arch="timm:NAME"`` where the file does not tell.
-        patch_size, image_size, keep, kernel: as in :func:`anypatch.adapt`.
+        patch_size, image_size, keep, kernel, positions: as in :func:`anypatch.adapt`.
         **host_kwargs: passed on to the host library's loader.
 
     Returns:
@@ -56,7 +58,7 @@ def load(
     """
     model = _load(str(source), host_kwargs)
     if patch_size is not None or image_size is not None:
-        adapt(model, patch_size, image_size, keep=keep, kernel=kernel)
+        adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     return model
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from anypatch.empty import empty
 from anypatch.errors import UnsupportedModelError
 from anypatch.geometry import Geometry, show
+from anypatch.positions import ANTIALIASED, Sampling
 from anypatch.roles import Case, Facts, Role, changed_axes, role_of
 from anypatch.values import MISSING, Merger, like, same, same_tensor
 
@@ -67,10 +68,10 @@ class Change:
 class Plan:
     """Everything that has to change in a live model, computed before anything is changed."""
 
-    def __init__(self, subject: Subject, target: Geometry, method: Any) -> None:
+    def __init__(self, subject: Subject, target: Geometry, method: Any, sampling: Sampling = ANTIALIASED) -> None:
         self.subject = subject
         self.target = target
-        self.method = method
+        self.method, self.sampling = method, sampling
         self.changes: list[Change] = []
         self._data: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._roles: dict[int, Role] = {}
@@ -242,7 +243,18 @@ class Plan:
         owners: tuple[tuple[nn.Module, nn.Module], ...],
     ) -> Case:
         subject = self.subject
-        return Case(full, a.shape, b.shape, axes, owners, subject.geometry, self.target, subject.facts, self.method)
+        return Case(
+            full,
+            a.shape,
+            b.shape,
+            axes,
+            owners,
+            subject.geometry,
+            self.target,
+            subject.facts,
+            self.method,
+            self.sampling,
+        )
 
     def _resample(self, case: Case, parameter: nn.Parameter) -> None:
         if id(parameter) in self._data:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries.base import Example, class_tokens
-from anypatch.positions import resample_grid, resample_tokens
+from anypatch.positions import Sampling, resample_grid, resample_tokens
 from anypatch.roles import MAX_EXTRA, Facts
 from anypatch.twins import Subject
 
@@ -105,7 +105,7 @@ def subject(model: nn.Module) -> Subject:
         return held
     layout = _layout(model)
     orders = {rf"^{re.escape(path)}\.(weight|bias)$": order for path, (_, order) in layout.heads.items() if order}
-    facts = Facts(orders=orders)
+    facts = Facts(orders=orders, sampling=Sampling(antialias=False))  # as DINO, DINOv2 and MAE
     return Subject(model, layout.geometry, build=lambda g: _build(model, layout, g), facts=facts)
 
 

@@ -24,6 +24,8 @@ from anypatch.empty import empty
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries.base import Example
+from anypatch.positions import Sampling
+from anypatch.roles import Facts
 from anypatch.twins import Subject
 
 NAME = "torchvision"
@@ -48,7 +50,8 @@ def _family(model: nn.Module) -> str | None:
 
 def subject(model: nn.Module) -> Subject:
     geometry = _geometry(model)
-    return Subject(model, geometry, build=lambda g: _build(model, g))
+    own = Sampling(antialias=False, align_corners=True)  # torchvision's interpolate_embeddings
+    return Subject(model, geometry, build=lambda g: _build(model, g), facts=Facts(sampling=own))
 
 
 def _geometry(model: nn.Module) -> Geometry:
