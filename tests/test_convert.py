@@ -165,6 +165,29 @@ def test_directory_equals_load_and_save(clip: Path, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(sizes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_directories_keep_the_dtype_of_each_tensor(clip: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    kernel, table = (
+        "vision_model.embeddings.patch_embedding.weight",
+        "vision_model.embeddings.position_embedding.weight",
+    )
+    exact = {}
+    for shard in clip.glob("*.safetensors"):
+        tensors = read_tensors(shard)
+        for name in {kernel, table} & set(tensors):
+            tensors[name] = tensors[name].to(dtype)
+            exact[name] = tensors[name].float()
+        save_file(tensors, shard, metadata={"format": "pt"})
+    anypatch.convert(clip, tmp_path / "out", patch_size=8, kernel="pi")
+    found = {k: v for p in (tmp_path / "out").glob("*.safetensors") for k, v in read_tensors(p).items()}
+    assert {v.dtype for k, v in found.items() if v.is_floating_point() and k not in exact} == {torch.float32}
+    assert found[kernel].dtype == found[table].dtype == dtype
+    wanted = timm.layers.resample_patch_embed(exact[kernel], [8, 8])
+    torch.testing.assert_close(found[kernel].float(), wanted.to(dtype).float(), rtol=0.13, atol=1e-3)
+    assert (found[kernel].float() - wanted).abs().mean() < 0.03 * wanted.abs().mean()
+    assert torch.equal(found[table][0].float(), exact[table][0])
+
+
 def test_only_shards_that_change_are_rewritten(clip: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     anypatch.convert(clip, target, patch_size=8, link=True)
