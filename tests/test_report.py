@@ -101,6 +101,13 @@ def test_names_are_escaped(report: Path) -> None:
     assert "&lt;script&gt;alert(1)" in page
 
 
+def test_a_cheaper_size_that_is_as_good_within_the_interval_is_said(tmp_path: Path) -> None:
+    found = result()
+    found.rows[2]["accuracy"] = 0.89
+    page = found.to_html(tmp_path / "x.html").read_text()
+    assert "Patch 28 is within the 95 % interval of that, with 0.05 times its GFLOPs." in page
+
+
 def test_front_and_best_are_said(report: Path) -> None:
     found = result()
     assert found.quality == "accuracy"
@@ -109,6 +116,7 @@ def test_front_and_best_are_said(report: Path) -> None:
     page = report.read_text()
     assert "The best accuracy is 0.930, at patch 7 with 60 GFLOPs per image (6.7 times" in page
     assert "against 0.900 for the native model" in page
+    assert "95 % interval of that" not in page
     assert page.count("Pareto front: patch 7, 28.</figcaption>") == 2
     assert len(re.findall(r'<g class="point best"', page)) == 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,23 @@ def _lead(result: SweepResult) -> str:
         # The native size is perfectly faithful to itself, which says nothing.
         others = [r for r in known if quality == "accuracy" or not _is_native(result, r)]
         if others:
-            parts.append(_best(max(others, key=lambda r: (r[quality], -r["gflops"])), native, quality))
-    return text(" ".join(parts))
+            best = max(others, key=lambda r: (r[quality], -r["gflops"]))
+            parts += [_best(best, native, quality), _as_good(best, others)]
+    return text(" ".join(part for part in parts if part))
+
+
+def _as_good(best: Row, others: Sequence[Row]) -> str:
+    """The cheapest size that the test images cannot tell from the best."""
+    low = best.get("accuracy_low")
+    if low is None:
+        return ""
+    row = min((r for r in others if r["accuracy"] >= low), key=lambda r: r["gflops"])
+    if row["gflops"] >= best["gflops"]:
+        return ""
+    return (
+        f"Patch {_size(row['patch_size'])} is within the 95 % interval of that, with "
+        f"{row['gflops'] / best['gflops']:.2g} times its GFLOPs."
+    )
 
 
 def _best(row: Row, native: Row, quality: str) -> str:
