@@ -387,6 +387,41 @@ def test_zero_shot(folder: Path) -> None:
     assert result.rows[0]["zero_shot_accuracy"] == pytest.approx(right)
 
 
+def test_zero_shot_with_the_tokenizer_beside_a_transformers_model(folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz."
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=32)
+    tokenizer.save_pretrained(tmp_path)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(words), "max_position_embeddings": 32, "eos_token_id": len(words) - 1}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+
+    result = sweep(str(tmp_path), [8, 16], data=folder, class_names="blue square,green square,red square")
+    assert [row["accuracy_by"] for row in result.rows] == ["zero_shot", "zero_shot"]
+    from anypatch.data import labelled
+
+    images = labelled(folder).test
+    pixels = processor([images.load(i) for i in range(len(images))], return_tensors="pt")["pixel_values"]
+    tokens = tokenizer([f"a photo of a {c} square." for c in sorted(COLOURS)], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        right = model(pixel_values=pixels, **tokens).logits_per_image.argmax(1) == torch.tensor(images.labels)
+    assert result.rows[0]["zero_shot_accuracy"] == pytest.approx(right.float().mean().item())
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    with pytest.raises(DataError, match="the model's tokenizer"):
+        sweep(str(other), [8], data=folder, class_names="blue square,green square,red square")
+
+
 @pytest.mark.parametrize("case", ["transformers", "clip", "torchvision", "swin", "no class token"])
 def test_features_of_every_library(case: str) -> None:
     torch.manual_seed(0)

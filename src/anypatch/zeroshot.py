@@ -126,4 +126,7 @@ def _transformers_tokens(model: Any, prompts: list[str], source: str | None) -> 
     except Exception as error:  # its many ways of saying that there is none
         raise DataError(f"class names need the model's tokenizer, and none was found at {name or 'it'}") from error
     padding = "max_length" if "siglip" in str(model.config.model_type) else True
-    return tokenizer(prompts, padding=padding, truncation=True, return_tensors="pt")
+    tokens = tokenizer(prompts, padding=padding, truncation=True, return_tensors="pt")
+    if len(tokens["input_ids"].unique(dim=0)) < len(set(prompts)):  # transformers makes up an empty one without files
+        raise DataError(f"the model's tokenizer, found at {name}, cannot tell the class names apart: is it complete?")
+    return tokens
