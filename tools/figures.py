@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import anypatch
 import dinov2
+from anypatch.features import Colours
 
 PATCHES = (7, 10, 14, 20, 28)
 GRID = 32
@@ -39,23 +40,13 @@ def tokens(patch: int, photo: np.ndarray) -> tuple[torch.Tensor, int]:
     return dinov2.features(model, dinov2.pixels([photo], size))[0, 1:], size
 
 
-def colours(
-    features: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-) -> np.ndarray:
-    shown = ((features - mean) @ basis - low) / (high - low)
-    return shown.clamp(0, 1).reshape(GRID, GRID, 3).numpy()
-
-
 def main() -> None:
     photo = dinov2.photograph("chelsea.png")
     side = min(photo.shape[:2])
     photo = photo[:side, 90 : 90 + side]
     found = {patch: tokens(patch, photo) for patch in PATCHES}
     native = found[14][0]
-    mean = native.mean(0)
-    basis = torch.linalg.svd(native - mean, full_matrices=False).Vh[:3].T
-    projected = (native - mean) @ basis
-    low, high = projected.quantile(0.02, 0), projected.quantile(0.98, 0)
+    colours = Colours([native])
 
     figure, axes = plt.subplots(2, len(PATCHES), figsize=(11, 5.1), facecolor=BACKGROUND)
     for column, patch in enumerate(PATCHES):
@@ -69,7 +60,7 @@ def main() -> None:
         for line in range(1, 6):
             above.axhline(line * patch - 0.5, color="white", linewidth=0.7, alpha=0.8)
             above.axvline(line * patch - 0.5, color="white", linewidth=0.7, alpha=0.8)
-        below.imshow(colours(features, mean, basis, low, high), interpolation="nearest")
+        below.imshow(colours(features).reshape(GRID, GRID, 3), interpolation="nearest")
         title = f"patch {patch}" + (" (pretrained)" if patch == 14 else "")
         above.set_title(title, color=INK, fontsize=12, weight="bold" if patch == 14 else "normal")
         below.set_xlabel("the original" if patch == 14 else f"cosine {cosine:.4f}", color=FAINT, fontsize=10)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anypatch.errors import AnypatchError
+from anypatch.features import Colours
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -175,7 +176,7 @@ def run_demo(
     for i, (series, patch_size) in enumerate(plan):
         run = _forward(candidates[i], inputs[i])
         if i == 0:
-            reference, axes = run, _Axes(run.tokens)
+            reference, colours = run, Colours([run.tokens.flatten(0, 1)])
         answers = run.logits.argmax(1)
         row = Row(
             series,
@@ -189,8 +190,8 @@ def run_demo(
         rows.append(row)
         for digit, n in examples.items():
             confidence = run.logits[n].softmax(0).max().item()
-            colours = axes(run.tokens[n]).reshape(row.grid, row.grid, 3)
-            views[digit].append(View(row, inputs[i][n, 0], colours, int(answers[n]), confidence))
+            shown = colours(run.tokens[n]).reshape(row.grid, row.grid, 3)
+            views[digit].append(View(row, inputs[i][n, 0], shown, int(answers[n]), confidence))
         step()
     result = DemoResult(tuple(rows), len(labels), {digit: tuple(seen) for digit, seen in views.items()})
     if output is not None:
@@ -273,21 +274,6 @@ def _rate(model: nn.Module, batch: Tensor) -> float:
         start = time.perf_counter()
         model(batch)
         return len(batch) / (time.perf_counter() - start)
-
-
-class _Axes:
-    """Colours for features: their place on the three main axes of the features it was made from."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        flat = tokens.flatten(0, 1).double()
-        self.mean = flat.mean(0)
-        self.basis = torch.linalg.eigh((flat - self.mean).T @ (flat - self.mean)).eigenvectors[:, -3:].flip(1)
-        places = (flat - self.mean) @ self.basis
-        self.low, self.high = (torch.quantile(places[:100_000], q, dim=0) for q in (0.02, 0.98))
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        places = (tokens.double() - self.mean) @ self.basis
-        return ((places - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
 def _mean(values: Tensor) -> float:
