@@ -141,6 +141,25 @@ def test_text_labels_of_a_dataset() -> None:
     assert counts(data.train) == {"ant": 4, "zebra": 4}
 
 
+def test_hugging_face_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [picture(COLOURS["red"], n) for n in range(6)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 3}, features=features)
+    asked = []
+
+    def hub(name: str, config: str | None) -> object:
+        asked.append((name, config))
+        return datasets.DatasetDict(train=table, test=table.select(range(2)))
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    for source in ("owner/birds", "hf:owner/birds", "owner/birds:small"):
+        data = labelled(source)
+        assert data.train is not None
+        assert (len(data.train), len(data.test), data.classes) == (6, 2, ("a", "b"))
+    assert asked == [("owner/birds", None), ("owner/birds", None), ("owner/birds", "small")]
+
+
 def test_unknown_dataset_name() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match="no such Hugging Face dataset") as error:
