@@ -251,6 +251,24 @@ def test_linear_embeddings_agree_with_the_kernel_they_are(name: str, channels_fi
     assert_same_function(model, reference, 96, 48, tolerance=2e-5)
 
 
+def test_volo_changes_what_is_linear_after_its_convolutions(tmp_path: Path) -> None:
+    volo = made("volo_d1_224", img_size=64)
+    assert check(volo, 16).passed
+    before = {name: tensor.clone() for name, tensor in volo.state_dict().items()}
+    anypatch.adapt(volo, 16, kernel="pi", keep="grid")
+    assert anypatch.geometry(volo).image_size == (128, 128)
+    wanted = resample_patch_embed(before.pop("patch_embed.proj.weight"), [8, 8])
+    torch.testing.assert_close(volo.patch_embed.proj.weight, wanted, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(volo.state_dict()[name], tensor) for name, tensor in before.items())
+    anypatch.save(volo, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    pixels = torch.randn(1, 3, 128, 128)
+    assert torch.equal(again(pixels), volo(pixels))
+    for patch in (12, (8, 16)):
+        with pytest.raises(GeometryError, match="4, 8 or 16"):
+            anypatch.adapt(volo, patch, keep="grid")
+
+
 def test_volo_and_xcit_change_their_image_size() -> None:
     volo = made("volo_d1_224", img_size=64)
     resampled = {"pos_embed": resample_abs_pos_embed_nhwc(volo.pos_embed.detach(), [6, 6])}

@@ -63,6 +63,7 @@ PROVED: tuple[tuple[str, str, dict[str, Any], str, str, Any], ...] = (
     ("vision_transformer_sam", "samvit_base_patch16",
      {**VIT, "img_size": 128, "window_size": 3, "global_attn_indexes": (1,)}, "conv",
      "absolute map, relative per axis", RECTANGLE),
+    ("volo", "volo_d1_224", {"img_size": 64}, "conv after convolutions", "absolute map", None),
 )  # fmt: skip
 
 # family, model, kind of stem: refused with a reason
@@ -98,7 +99,6 @@ REFUSED = (
     ("tiny_vit", "tiny_vit_5m_224", "several convs"),
     ("visformer", "visformer_tiny", "padded conv"),
     ("vitamin", "vitamin_small_224", "backbone without projection"),
-    ("volo", "volo_d1_224", "several convs"),
     ("xcit", "xcit_nano_12_p8_224", "several convs"),
 )
 

@@ -30,7 +30,7 @@ ORDERS = {r"embeds\.proj\.": "h w c", r"patch_embed\.input_proj\.": "c h w"}
 
 # Stems of several convolutions whose image size can change all the same: their positions are ordinary tables,
 # or none.
-FIXED_PATCH = ("VOLO", "Xcit")
+FIXED_PATCH = ("Xcit",)
 
 _building = threading.Lock()
 
@@ -83,6 +83,20 @@ def subject(model: Any) -> Subject:
     )
 
 
+def sizes(model: Any, geometry: Geometry) -> dict[str, Any]:
+    """The arguments with which ``timm.create_model`` makes a model of this geometry.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    stem = _stem(model)
+    if type(_core(model)).__name__ == "TNT":
+        raise UnsupportedModelError(f"no arguments of timm's {_title(model)} scale its pixel embedding with the patch")
+    if stem.refusal is not None and geometry.patch_size != stem.geometry.patch_size:
+        raise UnsupportedModelError(stem.refusal)
+    return _sizes(model, geometry, stem)
+
+
 # -- what the stem is ------------------------------------------------------------------------------------------
 
 
@@ -91,7 +105,7 @@ def _stem(model: Any) -> Stem:
     kind = type(core).__name__
     path = _first_layer(model)
     embed: Any = getattr(core, "patch_embed", None)
-    if hasattr(embed, "backbone"):
+    if _backbone(core) is not None:
         return _behind_backbone(model, core, embed)
     if kind in FIXED_PATCH:
         convolutions = [m for m in embed.modules() if isinstance(m, _ConvNd)]
@@ -103,9 +117,10 @@ def _stem(model: Any) -> Stem:
         return Stem(_geometry(model, patch, patch, path), refusal=reason)
     projection = None if path is None else _layer(model, path)
     if path is None or not isinstance(projection, (_ConvNd, nn.Linear)):
+        first = next((f": {name} is {layer}" for name, layer in core.named_modules() if isinstance(layer, _ConvNd)), "")
         raise UnsupportedModelError(
             f"{_title(model)} has no patch embedding that anypatch can find: timm names no convolution or linear layer "
-            f"as the first that sees pixels"
+            f"as the first that sees pixels{first}"
         )
     if isinstance(projection, nn.Linear):
         size = getattr(_parent(model, path), "patch_size", None)
@@ -143,8 +158,12 @@ def _stem(model: Any) -> Stem:
 
 def _behind_backbone(model: Any, core: Any, embed: Any) -> Stem:
     """A convolutional backbone, then a projection of its feature map: only the projection is linear."""
-    unit = pair(embed.feature_ratio)
-    patch = tuple(u * p for u, p in zip(unit, pair(embed.patch_size), strict=True))
+    if type(core).__name__ == "VOLO":
+        unit = tuple(embed.conv[0].stride)
+        entries = tuple(embed.proj.stride)
+    else:
+        unit, entries = pair(embed.feature_ratio), pair(embed.patch_size)
+    patch = tuple(u * p for u, p in zip(unit, entries, strict=True))
     geometry = _geometry(model, patch, patch, "patch_embed.proj")
     if isinstance(embed.proj, nn.Identity):
         return Stem(
@@ -153,6 +172,14 @@ def _behind_backbone(model: Any, core: Any, embed: Any) -> Stem:
             f"which is not one linear map per patch: only its image_size can change",
         )
     return Stem(geometry, ("patch_embed.proj",), unit=unit)
+
+
+def _backbone(core: Any) -> str | None:
+    """Name of the convolutions inside the patch embedding that come before its projection: hybrids', VOLO's."""
+    embed: Any = getattr(core, "patch_embed", None)
+    if hasattr(embed, "backbone"):
+        return "backbone"
+    return "conv" if type(core).__name__ == "VOLO" else None
 
 
 def _geometry(model: Any, patch: Size, kernel: Size, path: str | None) -> Geometry:
@@ -286,6 +313,10 @@ def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
         raise GeometryError(
             f"patch_size {show(geometry.patch_size)} must be a multiple of the backbone's stride, {show(stem.unit)}"
         )
+    if kind == "VOLO":  # whose argument is in pixels
+        patch = geometry.patch_size
+        if len(set(patch)) > 1 or patch[0] not in (4, 8, 16):
+            raise GeometryError(f"timm's VOLO takes patch_size 4, 8 or 16, not {show(patch)}")
     sizes: dict[str, Any] = {"img_size": plain(geometry.image_size), "patch_size": plain(patch)}
     if kind == "PoolingVisionTransformer":
         assert geometry.kernel_size is not None
@@ -476,23 +507,23 @@ def _bookkeeping(model: Any, geometry: Geometry) -> list[tuple[nn.Module, str, A
 def example(model: Any, geometry: Geometry) -> Example:
     core = _core(model)
     assert geometry.image_size is not None
-    embed: Any = getattr(core, "patch_embed", None)
-    if hasattr(embed, "backbone") and not isinstance(embed.proj, nn.Identity):
-        stem = _stem(model)
-        return Example((2, embed.feature_dim, *embed.feature_size), _after_backbone, unit=stem.unit)
+    if _backbone(core) is not None and not isinstance(core.patch_embed.proj, nn.Identity):
+        unit = _stem(model).unit
+        fed = tuple(s // u for s, u in zip(geometry.image_size, unit, strict=True))
+        return Example((2, core.patch_embed.proj.in_channels, *fed), _after_backbone, unit=unit)
     call = _cropping if type(core).__name__ == "CrossVit" else lambda m, pixels: m(pixels)
     return Example((2, _channels(model), *geometry.image_size), call)
 
 
 def _after_backbone(model: Any, features: Tensor) -> Any:
     """The model on a feature map of its backbone: what comes before the map is not linear and does not change."""
-    embed = _core(model).get_submodule("patch_embed")
-    backbone = embed.get_submodule("backbone")
-    embed._modules["backbone"] = nn.Identity()
+    embed, name = _core(model).get_submodule("patch_embed"), str(_backbone(_core(model)))
+    backbone = embed.get_submodule(name)
+    embed._modules[name] = nn.Identity()
     try:
         return model(features)
     finally:
-        embed._modules["backbone"] = backbone
+        embed._modules[name] = backbone
 
 
 def _cropping(model: Any, pixels: Tensor) -> Any:
