@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
 from torch.testing import assert_close
+from transformers import ViTConfig, ViTModel
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError, twins
@@ -388,6 +389,24 @@ def test_a_model_changed_after_it_was_built_is_refused() -> None:
     model.pos_embed = nn.Parameter(torch.zeros(1, 50, 48))
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"pos_embed has shape \(1, 50, 48\)"):
+        anypatch.adapt(model, 32)
+    assert snapshot(model) == before
+
+
+class Moved(nn.Module):
+    """A patch embedding of the user's own, which keeps the projection under another name."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.conv = projection
+
+
+def test_a_projection_that_was_moved_is_refused() -> None:
+    config = ViTConfig(image_size=64, patch_size=16, hidden_size=48, num_hidden_layers=1, num_attention_heads=3)
+    model = ViTModel(config)
+    model.embeddings.patch_embeddings = Moved(model.embeddings.patch_embeddings.projection)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="no layer in the place of the patch projection"):
         anypatch.adapt(model, 32)
     assert snapshot(model) == before
 
