@@ -105,10 +105,13 @@ def _shrunk() -> Iterator[Family]:
     """Models whose default configuration shrinks by itself, towers inside vision-language models among them."""
 
     def row(kind: str, model: str, positions: str = "learned", embedding: str = CONV, *, name: str = "", file: str = "",
-            patch: Any = None, refused: bool = False, **over: Any) -> Family:  # fmt: skip
+            config: str = "", patch: Any = None, refused: bool = False, **over: Any) -> Family:  # fmt: skip
         def build() -> nn.Module:
+            import transformers
+
             cls = getattr(_module(kind, file), model)
-            return cls(tiny(cls.config_class, {k.replace("__", "."): v for k, v in over.items()}))
+            configuration = getattr(transformers, config) if config else cls.config_class
+            return cls(tiny(configuration, {k.replace("__", "."): v for k, v in over.items()}))
 
         return Family("transformers", name or kind, build, embedding, positions, patch, refused)
 
@@ -159,7 +162,11 @@ def _shrunk() -> Iterator[Family]:
     yield row("sam", "SamModel", "learned map and decomposed relative", name="sam, whole", **SAM)
     yield row("sam_hq", "SamHQModel", "learned map and decomposed relative", mask_decoder_config__vit_dim=32, **SAM)
     yield row("sam3", "Sam3VisionModel", both)
+    yield row("sam3", "Sam3Model", both, name="sam3, whole")
+    yield row("sam3_lite_text", "Sam3LiteTextModel", both)
     yield row("sam3_tracker", "Sam3TrackerModel", both)
+    yield row("sam3_tracker_video", "Sam3TrackerVideoModel", both, image_size=16, vision_config__image_size=16)
+    yield row("sam3_video", "Sam3VideoModel", both, **SAM3_VIDEO)
     yield row("slanext", "SLANeXtForTableRecognition", "learned map and decomposed relative")
     yield row(
         "lw_detr",
@@ -173,6 +180,15 @@ def _shrunk() -> Iterator[Family]:
         backbone_config__image_size=32,
     )
     yield row("rf_detr", "RfDetrForObjectDetection", learned, backbone_config__num_windows=2, num_queries=8)
+    swin = "windowed relative tables"
+    yield row("maskformer", "MaskFormerForInstanceSegmentation", swin, name="maskformer, whole", **SWIN_BACKBONE)
+    yield row("mask2former", "Mask2FormerForUniversalSegmentation", swin, **SWIN_BACKBONE)
+    yield row("oneformer", "OneFormerForUniversalSegmentation", swin, **SWIN_BACKBONE)
+    yield row("upernet", "UperNetForSemanticSegmentation", swin, backbone_config="SwinConfig", hidden_size=16,
+              auxiliary_in_channels=64, backbone_config__out_features=["stage1", "stage2", "stage3", "stage4"],
+              **SWIN_BACKBONE)  # fmt: skip
+    yield row("grounding_dino", "GroundingDinoForObjectDetection", swin, **SWIN_BACKBONE)
+    yield row("mm_grounding_dino", "MMGroundingDinoForObjectDetection", swin, **SWIN_BACKBONE)
     yield row("eomt", "EomtForUniversalSegmentation", learned, num_blocks=1)
     yield row("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", rotary, num_blocks=1)
     yield row("videomt", "VideomtForUniversalSegmentation", learned, num_blocks=1)
@@ -207,20 +223,59 @@ def _shrunk() -> Iterator[Family]:
     yield row("vilt", "ViltModel", "learned, interpolated in forward")
     yield row("git", "GitForCausalLM", learned)
     yield row("fuyu", "FuyuForCausalLM", "of the language model", LINEAR)
+    yield row("pix2struct", "Pix2StructForConditionalGeneration", "learned rows and columns", LINEAR,
+              vision_config__patch_embed_hidden_size=48, vision_config__d_kv=16, text_config__d_kv=16)  # fmt: skip
+    # towers that timm makes
+    yield row("timm_wrapper", "TimmWrapperModel", learned, architecture="vit_tiny_patch16_224", model_args=TIMM)
+    yield row("timm_wrapper", "TimmWrapperForImageClassification", "windowed relative tables",
+              name="timm_wrapper image classification", architecture="swin_tiny_patch4_window7_224",
+              model_args={"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
+                          "window_size": 4})  # fmt: skip
+    yield row("perception_lm", "PerceptionLMForConditionalGeneration", both, text_config="LlamaConfig",
+              vision_config={**WRAPPER, "architecture": "vit_pe_lang_large_patch14_448"})  # fmt: skip
+    yield row("pe_video", "PeVideoModel", both, video_config__vision_config=WRAPPER)
+    yield row("pe_video", "PeVideoEncoder", both, name="pe_video, encoder", vision_config=WRAPPER)
+    yield row("pe_audio_video", "PeAudioVideoModel", both, audio_video_config__video_config__vision_config=WRAPPER)
+    yield row("gemma3n", "Gemma3nForConditionalGeneration", "", "overlapping convolution", refused=True,
+              text_config__intermediate_size=48, text_config__activation_sparsity_pattern=None,
+              text_config__num_kv_shared_layers=0,
+              vision_config__model_args={"channel_multiplier": 0.1})  # fmt: skip
+    yield row("fast_vlm", "FastVlmForConditionalGeneration", "", "several convolutions", refused=True,
+              text_config="Qwen2Config")  # fmt: skip
+    yield row("timm_backbone", "TimmBackbone", learned, refused=True, backbone="vit_tiny_patch16_224")
     # vision-language models
     yield row("aria", "AriaForConditionalGeneration", "learned buckets", projector_patch_to_query_dict={16: 4})
     yield row("aya_vision", "AyaVisionForConditionalGeneration")
     yield row("blip_2", "Blip2ForConditionalGeneration", learned)
     yield row("cohere2_vision", "Cohere2VisionForConditionalGeneration")
     yield row("cohere_compass", "CohereCompassVisionModel", both, packed)
+    yield row("cohere_compass", "CohereCompassForConditionalGeneration", both, packed, name="cohere_compass, whole",
+              text_config__layer_types=["full_attention", "sliding_attention"],
+              text_config__rope_parameters={f"{reach}_attention": {"rope_type": "default", "rope_theta": 10000.0}
+                                            for reach in ("full", "sliding")})  # fmt: skip
+    yield row("colmodernvbert", "ColModernVBertForRetrieval", "learned buckets")
+    yield row("colpali", "ColPaliForRetrieval")
+    yield row("colqwen2", "ColQwen2ForRetrieval", rotary, packed)
+    yield row("cosmos3_omni", "Cosmos3OmniForConditionalGeneration", both, packed)
     yield row("cosmos3_edge", "Cosmos3EdgeForConditionalGeneration", "learned, interpolated in forward", LINEAR)
     yield row("deepseek_ocr2", "DeepseekOcr2SamVisionEncoder", "learned map and decomposed relative",
               **SAM_ENCODER)  # fmt: skip
+    yield row("deepseek_ocr2", "DeepseekOcr2ForConditionalGeneration", "learned map and decomposed relative",
+              name="deepseek_ocr2, whole", text_config__mlp_layer_types=["dense", "sparse"], **OCR)  # fmt: skip
     yield row("deepseek_vl", "DeepseekVLForConditionalGeneration")
     yield row("deepseek_vl_hybrid", "DeepseekVLHybridForConditionalGeneration")
     yield row(
         "dots3_note", "Dots3NoteVisionModel", rotary, packed, mlp_layer_types=["dense", "sparse"], adapter_in_dim=32
     )
+    yield row("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "learned tables per axis", LINEAR,
+              vision_config="Gemma4VisionConfig", vision_config__pooling_kernel_size=2, text_config__num_experts=4,
+              text_config__top_k_experts=2, text_config__moe_intermediate_size=32)  # fmt: skip
+    yield row("dots3_note", "Dots3NoteForConditionalGeneration", rotary, packed, name="dots3_note, whole",
+              text_config__layer_types=["full_attention"] * 2, vision_config__mlp_layer_types=["dense", "sparse"],
+              vision_config__adapter_in_dim=32, vision_config__adapter_out_dim=32,
+              audio_config__adapter_input_size=32, audio_config__adapter_out_dim=32)  # fmt: skip
+    yield row("embedding_gemma2", "EmbeddingGemma2Model", "learned tables per axis", LINEAR,
+              vision_config="Gemma4VisionConfig", vision_config__pooling_kernel_size=2)  # fmt: skip
     yield row("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", rotary, LINEAR,
               text_config__head_dim=128)  # fmt: skip
     yield row("exaone4_5", "Exaone4_5_ForConditionalGeneration", "rotary, windows in pixels", packed)
@@ -231,6 +286,7 @@ def _shrunk() -> Iterator[Family]:
     yield row("glm4v", "Glm4vForConditionalGeneration", both, packed)
     yield row("glm4v_moe", "Glm4vMoeForConditionalGeneration", both, packed)
     yield row("glm5_next", "Glm5NextForConditionalGeneration", both, packed)
+    yield row("glm46v", "Glm46VForConditionalGeneration", both, packed, name="glmga", config="GlmgaConfig")
     yield row("glm_image", "GlmImageForConditionalGeneration", "learned, interpolated in forward", packed)
     yield row("glm_ocr", "GlmOcrForConditionalGeneration", rotary, packed)
     yield row("got_ocr2", "GotOcr2ForConditionalGeneration", "learned map and decomposed relative")
@@ -240,6 +296,8 @@ def _shrunk() -> Iterator[Family]:
     yield row("granite_docling", "GraniteDoclingForConditionalGeneration", "learned buckets")
     yield row("hunyuan_vl", "HunYuanVLVisionTransformer", "learned, interpolated in forward", packed,
               max_image_size=24)  # fmt: skip
+    yield row("hunyuan_vl", "HunYuanVLForConditionalGeneration", "learned, interpolated in forward", packed,
+              name="hunyuan_vl, whole", vision_config__max_image_size=24, text_config__head_dim=16)  # fmt: skip
     yield row("hy_v4_vl", "HYV4VLForConditionalGeneration", "learned, interpolated in forward", packed,
               vision_config__max_image_size=24)  # fmt: skip
     yield row("hyperclovax_vision_v2", "HyperCLOVAXVisionV2ForConditionalGeneration", "rotary, windows in pixels",
@@ -253,8 +311,11 @@ def _shrunk() -> Iterator[Family]:
     yield row("instructblipvideo", "InstructBlipVideoForConditionalGeneration", learned)
     yield row("internvl", "InternVLForConditionalGeneration", learned)
     yield row("janus", "JanusVisionModel")
+    yield row("janus", "JanusForConditionalGeneration", name="janus, whole", vq_config__base_channels=32)
     yield row("kimi_k25", "Kimi_K25ForConditionalGeneration", both, packed)
     yield row("kosmos2", "Kosmos2ForConditionalGeneration", learned)
+    yield row("kosmos2_5", "Kosmos2_5ForConditionalGeneration", "learned rows and columns", LINEAR,
+              vision_config__patch_embed_hidden_size=48)  # fmt: skip
     yield row("lfm2_vl", "Lfm2VlForConditionalGeneration", "learned, interpolated in forward", LINEAR)
     yield row("lfm3_vl", "Lfm3VlForConditionalGeneration", rotary, LINEAR)
     yield row("lighton_ocr", "LightOnOcrForConditionalGeneration", rotary)
@@ -270,16 +331,27 @@ def _shrunk() -> Iterator[Family]:
     yield row("minicpmv4_7", "MiniCPMV4_7ForConditionalGeneration", "learned buckets", packed)
     yield row("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", rotary, packed)
     yield row("mistral3", "Mistral3ForConditionalGeneration", rotary)
+    yield row("mistral_large4", "MistralLarge4ForConditionalGeneration", rotary, text_config__kv_source_layers=[0, 0])
+    yield row("mllama", "MllamaForConditionalGeneration", "learned, per tile", name="mllama, whole")
     yield row("mllama", "MllamaVisionModel", "learned, per tile")
     yield row("modernvbert", "ModernVBertModel", "learned buckets")
     yield row("molmo2", "Molmo2VisionModel", embedding=LINEAR, image_size=[16, 16], num_position_embeddings=16)
+    yield row("molmo2", "Molmo2ForConditionalGeneration", embedding=LINEAR, name="molmo2, whole",
+              vision_config__image_size=[16, 16], vision_config__num_position_embeddings=16,
+              adapter_config__vision_feature_layer=[1, 0])  # fmt: skip
     yield row("muse_glimmer", "MuseGlimmerForConditionalGeneration", both, LINEAR, out_hidden_size=128)
     yield row("muse_spark", "MuseSparkVisionModel", both, LINEAR)
+    yield row("muse_spark", "MuseSparkForConditionalGeneration", both, LINEAR, name="muse_spark, whole",
+              out_hidden_size=128, audio_config__num_hidden_layers=4, audio_config__hidden_sizes=[32, 32, 32, 32],
+              audio_config__out_hidden_size=32)  # fmt: skip
     yield row("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3", "learned, interpolated in forward", LINEAR)
     yield row("ovis2", "Ovis2ForConditionalGeneration")
     yield row("paddleocr_vl", "PaddleOCRVLForConditionalGeneration", both, packed)
     yield row("paligemma", "PaliGemmaForConditionalGeneration")
     yield row("phi4_multimodal", "Phi4MultimodalForCausalLM", "learned buckets")
+    yield row("pi0", "PI0ForConditionalGeneration")
+    yield row("got_ocr2", "GotOcr2ForConditionalGeneration", "learned map and decomposed relative",
+              name="pp_chart2table", config="PPChart2TableConfig")  # fmt: skip
     yield row("pp_formulanet", "PPFormulaNetForConditionalGeneration", "learned map and decomposed relative")
     yield row("qianfan_ocr", "QianfanOCRForConditionalGeneration", learned)
     yield row("qwen2_vl", "Qwen2VLForConditionalGeneration", rotary, packed)
@@ -294,21 +366,47 @@ def _shrunk() -> Iterator[Family]:
     yield row("shieldgemma2", "ShieldGemma2ForImageClassification", mm_tokens_per_image=4)
     yield row("smolvlm", "SmolVLMForConditionalGeneration", "learned buckets")
     yield row("step3p7", "Step3p7ForConditionalGeneration", both)
+    yield row("t5gemma2", "T5Gemma2ForConditionalGeneration", encoder__mm_tokens_per_image=4)
     yield row("ultravbert", "UltraVBertModel", "learned buckets")
     yield row("unlimited_ocr", "UnlimitedOcrSamVisionEncoder", "learned map and decomposed relative", **SAM_ENCODER)
+    yield row("unlimited_ocr", "UnlimitedOcrForConditionalGeneration", "learned map and decomposed relative",
+              name="unlimited_ocr, whole", **OCR)  # fmt: skip
+    yield row("vision_encoder_decoder", "VisionEncoderDecoderModel", learned)
+    yield row("vision_encoder_decoder", "VisionEncoderDecoderModel", "windowed relative tables", name="nougat",
+              encoder="DonutSwinConfig", decoder="MBartConfig", decoder__is_decoder=True,
+              decoder__add_cross_attention=True, **SWIN_ENCODER)  # fmt: skip
     yield row("video_llama_3", "VideoLlama3ForConditionalGeneration", rotary, packed)
     yield row("video_llava", "VideoLlavaForConditionalGeneration", learned)
     yield row("vipllava", "VipLlavaForConditionalGeneration", learned, vision_feature_layers=[1])
 
 
 SAM_ENCODER: dict[str, Any] = {"output_channels": 32, "window_size": 2, "global_attn_indexes": [1]}
+OCR: dict[str, Any] = {
+    f"vision_config__sam_config__{k}": v for k, v in {**SAM_ENCODER, "downsample_channels": [32, 32]}.items()
+}
 SAM: dict[str, Any] = {
     **{f"vision_config__{k}": v for k, v in SAM_ENCODER.items()},
     "vision_config__num_pos_feats": 16,
     "prompt_encoder_config__image_embedding_size": 4,
     "mask_decoder_config__iou_head_hidden_dim": 32,
 }
+SAM3_VIDEO: dict[str, Any] = {
+    f"{part}_config__{field}": 16
+    for part in ("detector", "tracker")
+    for field in ("image_size", "vision_config__image_size")
+}
+SWIN_ENCODER: dict[str, Any] = {f"encoder__{k}": v for k, v in SWIN.items()}
 SWIN_SIZES: dict[str, Any] = dict(SWIN)
+SWIN_BACKBONE: dict[str, Any] = {
+    f"backbone_config__{k}": v
+    for k, v in {**SWIN, "image_size": 64, "depths": [1] * 4, "num_heads": [1, 2, 2, 2], "window_size": 2}.items()
+}
+TIMM: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+WRAPPER: dict[str, Any] = {
+    "model_type": "timm_wrapper",
+    "architecture": "vit_pe_core_large_patch14_336",
+    "model_args": TIMM,
+}
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 
@@ -344,8 +442,13 @@ def _refused() -> Iterator[Family]:
                  {"vision_config": "Gemma4UnifiedVisionConfig"}), "normalised patch", "", refused=True)  # fmt: skip
     yield Family("transformers", "florence2", lambda: _shrink("Florence2ForConditionalGeneration"), overlapping, "",
                  refused=True)  # fmt: skip
-    yield Family("transformers", "sam2", lambda: _shrink("Sam2VisionModel"), overlapping, "", refused=True)
-    yield Family("transformers", "edgetam", lambda: _shrink("EdgeTamVisionModel"), several, "", refused=True)
+    whole = [("sam2", "Sam2VisionModel", overlapping), ("sam2, whole", "Sam2Model", overlapping),
+             ("sam2_video", "Sam2VideoModel", overlapping), ("edgetam", "EdgeTamVisionModel", several),
+             ("edgetam, whole", "EdgeTamModel", several), ("edgetam_video", "EdgeTamVideoModel", several),
+             ("tvp", "TvpModel", "convolutional network"), ("align", "AlignModel", "convolutional network"),
+             ("apertus1p5", "Apertus1p5VisionTokenizerModel", "convolutional network")]  # fmt: skip
+    for name, model, reason in whole:
+        yield Family("transformers", name, partial(_shrink, model), reason, "", refused=True)
     text = [("minimax_m2 (MiniMax-M2)", "MiniMaxM2ForCausalLM"), ("deepseek_v3 (Kimi-K2)", "DeepseekV3ForCausalLM"),
             ("qwen2 (Spark-Formalizer-X1)", "Qwen2ForCausalLM"), ("blt", "BltModel"),
             ("bert", "BertModel")]  # fmt: skip

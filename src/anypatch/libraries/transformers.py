@@ -12,7 +12,7 @@ import re
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
+from anypatch.libraries import timm as trunks
 from anypatch.libraries.base import Example, class_tokens
 from anypatch.libraries.processors import follow, resized
+from anypatch.positions import Sampling
 from anypatch.roles import Facts
 from anypatch.twins import Subject
 
@@ -34,10 +36,14 @@ TIME = ("tubelet_size", "temporal_patch_size", "patch_temporal")
 IMAGE = ("image_size", "img_size", "crop_size", "input_size")
 FRAMES = ("num_frames", "frames_per_clip")
 TABLE = ("pretrain_image_size", "max_image_size", "max_img_size")
+FLAT = "patch_embed_hidden_size"  # values of a flattened square patch, of models that name no patch size
 WINDOW_IN_PIXELS = r"qwen2_5_(vl|omni)|exaone4_5"
 
 # Parts of a configuration in which a patch is not made of pixels.
-NOT_VISION = re.compile(r"text|audio|speech|language|llm|talker|code2wav|token2wav|decoder|qformer|vq")
+NOT_VISION = re.compile(r"text|audio(?!_video)|speech|language|llm|talker|code2wav|token2wav|decoder|qformer|vq")
+
+# Parts that follow the patch of an image encoder but see no image.
+PROMPTS = re.compile(r"prompt")
 
 # Configurations whose time field is not an axis of the stem's patch.
 PER_FRAME = r"hunyuan_vl|ernie4_5_vl"
@@ -53,6 +59,8 @@ NEVER = (
     (r"inkling(_mm_model|$)", "its vision tower is a tree of layers over the prime factors of the patch size, with "
                               "nonlinearities between them"),
     (r"neomme", "its stem (up_proj, down_proj) normalises the pixels of a patch and has a nonlinearity inside"),
+    (r"timm_backbone", "its configuration has no field for the sizes that timm takes, so it could not be loaded again: "
+                       "wrap the tower in a TimmWrapperModel"),
     (r"gemma4_unified", "its stem (patch_ln1) normalises the pixels of a patch before they are projected"),
 )  # fmt: skip
 # Models whose layers assume a patch size that no configuration field names: (model type, reason).
@@ -66,7 +74,7 @@ FIXED = (
 # Models whose forward pass, unlike their constructor, needs the patch size to be one number.
 SQUARE = re.compile(
     r"data2vec|dpt|timesformer|tipsv2|depth_anything|prompt_depth_anything|sam3|rf_detr|pixio|pixtral|udop|vilt|"
-    r"video_llama_3"
+    r"video_llama_3|pix2struct|kosmos.2.5"
 )
 
 
@@ -79,10 +87,17 @@ SQUARE_GRID = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """A configuration, or one inside it, that has a patch size."""
+    """A configuration, or one inside it, that has a patch size.
+
+    Attributes:
+        path: where in the model's configuration it is.
+        config: the configuration.
+        towers: paths of the towers that timm makes from it, whose geometry is timm's to tell.
+    """
 
     path: tuple[str, ...]
     config: Any
+    towers: tuple[str, ...] = ()
 
 
 def recognises(model: nn.Module) -> bool:
@@ -99,7 +114,13 @@ def subject(model: nn.Module) -> Subject:
         geometry,
         build=lambda g: _build(model, g, geometry),
         facts=_facts(model),
+        finish=lambda g: [change for tower in _timm_models(model) for change in _finish(tower, g)],
     )
+
+
+def _finish(tower: nn.Module, geometry: Geometry) -> list[tuple[nn.Module, str, Any]]:
+    finish = trunks.subject(tower).finish
+    return [] if finish is None else finish(replace(geometry, library=trunks.NAME))
 
 
 def _config(model: nn.Module) -> Any:
@@ -128,13 +149,32 @@ def _parts(model: nn.Module) -> list[Part]:
     for pattern, reason in NEVER:
         if re.match(pattern, str(config.model_type)):
             raise UnsupportedModelError(f"{type(model).__name__} cannot be adapted: {reason}")
-    found = [Part(path, c) for path, c in _configs(config) if _patch_of(c) and not _not_vision(path, c)]
-    if not found:
+    towers = _timm_paths(model)
+    found = [
+        Part(path, c, tuple(towers.get(c.model_type, ())))
+        for path, c in _configs(config)
+        if (_patch_of(c) or c.model_type in towers) and not _not_vision(path, c)
+    ]
+    if all(p.path and PROMPTS.search(p.path[-1]) for p in found):
         raise UnsupportedModelError(_why_none(model))
     inner = [p for p in found if not any(q.path[: len(p.path)] == p.path and q is not p for q in found)]
     preferred = [p for p in inner if p.path and re.search(r"vision|visual|image|backbone|sam|vit", p.path[-1])]
     first = (preferred or inner)[0]
     return [first, *[p for p in found if p is not first]]
+
+
+def _timm_paths(model: nn.Module) -> dict[str, list[str]]:
+    """Paths of the towers that timm made, by the model type of the configuration that tells how."""
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if "timm_model" in module._modules and recognises(module):
+            found.setdefault(_config(module).model_type, []).append(f"{path}.timm_model".lstrip("."))
+    return found
+
+
+def _timm_models(model: nn.Module) -> list[nn.Module]:
+    """The towers that timm made, where it made the one that is adapted."""
+    return [model.get_submodule(path) for path in _parts(model)[0].towers]
 
 
 def _not_vision(path: tuple[str, ...], config: Any) -> bool:
@@ -143,13 +183,22 @@ def _not_vision(path: tuple[str, ...], config: Any) -> bool:
 
 def _patch_of(config: Any) -> bool:
     value = getattr(config, "patch_size", None)
-    return isinstance(value, (int, list, tuple, dict)) or _tubelet(config) is not None
+    return isinstance(value, (int, list, tuple, dict)) or _tubelet(config) is not None or _flat(config) is not None
 
 
 def _tubelet(config: Any) -> Size | None:
     """A (time, height, width) patch kept in one field."""
     value = getattr(config, "tubelet_size", None)
     return tuple(value) if isinstance(value, (list, tuple)) and len(value) == 3 else None
+
+
+def _flat(config: Any) -> Size | None:
+    """The patch of a configuration that tells only how many values a flattened one has."""
+    value = getattr(config, FLAT, None)
+    if not isinstance(value, int):
+        return None
+    side = math.isqrt(value // _channels(config))
+    return (side, side) if _channels(config) * side**2 == value else None
 
 
 def _why_none(model: nn.Module) -> str:
@@ -201,6 +250,8 @@ def _require_stem(model: nn.Module, config: Any, patch: Size) -> None:
 def _geometry(model: nn.Module) -> Geometry:
     part = _parts(model)[0]
     config = part.config
+    if part.towers:
+        return replace(trunks.subject(_timm_models(model)[0]).geometry, library=NAME)
     prefix = next((n for n in map(class_tokens, model.modules()) if n), 0)
     if hasattr(config, "frequency_stride"):
         return _spectrogram(config, prefix)
@@ -215,7 +266,7 @@ def _sizes(config: Any) -> tuple[Size, Size | None]:
     image = None if name is None else _pair(getattr(config, name))
     patch, time = _tubelet(config), _first(config, TIME)
     if patch is None:
-        patch = _pair(config.patch_size)
+        patch = _flat(config) or _pair(config.patch_size)
         if time is None or re.match(PER_FRAME, config.model_type):
             return patch, image
         patch = (_pair(getattr(config, time))[0], *patch)
@@ -277,7 +328,7 @@ def _build(model: nn.Module, geometry: Geometry, current: Geometry) -> nn.Module
             f"fit it; give both sides the same number of patches"
         )
     config = copy.deepcopy(_config(model))
-    _write(config, _parts(model), geometry, current)
+    _write(config, _parts(model), geometry, current, model)
     if geometry != current:
         try:
             type(config).from_dict(config.to_dict())  # it has to load again
@@ -326,28 +377,42 @@ def _cannot_build(model: nn.Module, geometry: Geometry, error: Exception) -> Exc
     return UnsupportedModelError(f"transformers cannot build {name} with {sizes}: {error}")
 
 
-def _write(config: Any, parts: list[Part], geometry: Geometry, current: Geometry) -> None:
+def _write(config: Any, parts: list[Part], geometry: Geometry, current: Geometry, model: nn.Module) -> None:
     """Set the geometry in a copy of the model's configuration, in every part that shares the present one."""
     first = parts[0]
     main = _at(config, first.path)
-    old_patch, old_image = _sizes(main) if not hasattr(main, "frequency_stride") else ((), None)
+    old_patch, old_image = current.patch_size, current.image_size
+    if hasattr(main, "frequency_stride"):
+        old_patch, old_image = (), None
+    others = _sized_alike(config, parts, old_image)  # before anything is written: some only point to a part's size
     for part in parts:
         target = _at(config, part.path)
-        if hasattr(target, "frequency_stride"):
+        if part.towers:
+            if geometry != current:
+                _write_timm(target, model.get_submodule(part.towers[0]), geometry)
+        elif hasattr(target, "frequency_stride"):
             _write_spectrogram(target, geometry)
         elif part is first or _sizes(target)[0][-2:] == old_patch[-2:]:
             _write_sizes(target, geometry, current)
         elif old_image is not None and _sizes(target)[0] == old_image and geometry.image_size is not None:
             _put(target, "patch_size", geometry.image_size)  # tiles of a larger image, as large as the tower's input
-    for path, other in _configs(config):
-        if any(path == p.path for p in parts) or old_image is None or _not_vision(path, other):
-            continue
-        name = _first(other, IMAGE)
-        value = None if name is None else getattr(other, name)
-        if name is not None and isinstance(value, (int, list, tuple)) and _pair(value) == old_image[-2:]:
-            _put(other, name, geometry.image_size[-2:] if geometry.image_size else None)
+    for other, name in others:
+        _put(other, name, geometry.image_size[-2:] if geometry.image_size else None)
     for _, other in _configs(config):
         _write_counts(other, geometry, current)
+
+
+def _sized_alike(config: Any, parts: list[Part], image: Size | None) -> list[tuple[Any, str]]:
+    """Configurations besides the parts that tell the same image size, and under which name."""
+    found = []
+    for path, other in _configs(config):
+        name = _first(other, IMAGE)
+        if image is None or name is None or any(path == p.path for p in parts) or _not_vision(path, other):
+            continue
+        value = getattr(other, name)
+        if isinstance(value, (int, list, tuple)) and _pair(value) == image[-2:]:
+            found.append((other, name))
+    return found
 
 
 def _at(config: Any, path: tuple[str, ...]) -> Any:
@@ -376,7 +441,7 @@ def _write_sizes(config: Any, geometry: Geometry, current: Geometry) -> None:
         _put(config, time, (patch[0], patch[0]))
     if getattr(config, "patch_size", None) is not None:
         _put(config, "patch_size", patch[-2:])
-    for name in ("patch_dim", "video_patch_dim"):  # values of a flattened patch
+    for name in ("patch_dim", "video_patch_dim", FLAT):  # values of a flattened patch
         if isinstance(vars(config).get(name), int):
             setattr(config, name, getattr(config, name) // math.prod(old_patch) * math.prod(patch))
     stride = getattr(config, "encoder_stride", None)
@@ -388,6 +453,17 @@ def _write_sizes(config: Any, geometry: Geometry, current: Geometry) -> None:
         frames = _first(config, FRAMES)
         if frames is not None and len(image) == 3:
             setattr(config, frames, image[0])
+
+
+def _write_timm(config: Any, tower: nn.Module, geometry: Geometry) -> None:
+    """What ``timm.create_model`` is given, and the input size that image processors read."""
+    assert geometry.image_size is not None
+    sizes = trunks.sizes(tower, replace(geometry, library=trunks.NAME))
+    config.model_args = {**(config.model_args or {}), **sizes}
+    about = getattr(config, "pretrained_cfg", None)
+    for name in ("input_size", "test_input_size"):
+        if isinstance(about, dict) and about.get(name):
+            about[name] = [about[name][0], *geometry.image_size]
 
 
 def _write_spectrogram(config: Any, geometry: Geometry) -> None:
@@ -465,7 +541,7 @@ def _shorten(config: Any) -> bool:
 ORDERS = (
     (r"vit_mae", r"decoder_pred\.", "h w c"),
     (r"videomae", r"decoder\.head\.", "t h w c"),
-    (r"siglip2|cosmos3|molmo2|inkling2|lfm2_vl", r"patch_embedding\.", "h w c"),
+    (r"siglip2|cosmos3_edge|molmo2|inkling2|lfm2_vl", r"patch_embedding\.", "h w c"),
     (r"gemma4|diffusion_gemma|embedding_gemma2", r"patch_embedder\.input_proj\.", "h w c"),
     (r"seggpt", r"decoder_embed\.", "h w c"),
     (r"fuyu", r"vision_embed_tokens\.", "h w c"),
@@ -479,6 +555,10 @@ ORDERS = (
 
 
 def _facts(model: nn.Module) -> Facts:
+    paths = _parts(model)[0].towers
+    if paths:
+        facts = trunks.subject(model.get_submodule(paths[0])).facts
+        return replace(facts, projections=tuple(f"{tower}.{path}" for tower in paths for path in facts.projections))
     orders: dict[str, str] = {}
     for _, config in _configs(_config(model)):
         orders.update({tensor: order for kind, tensor, order in ORDERS if re.match(kind, str(config.model_type))})
@@ -492,6 +572,7 @@ def _facts(model: nn.Module) -> Facts:
         orders=orders,
         suffix_tokens=getattr(_config(model), "num_detection_tokens", None) or 0,
         whole_multiples=padding > 0,
+        sampling=Sampling(antialias=False),
         padding=padding,
     )
 
@@ -518,10 +599,13 @@ AS_IMAGES = r"kimi|paddleocr"
 BARE_PATCHES = r"molmo2|fuyu"
 GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "spatial_shapes", "target_sizes", "image_position_ids",
          "pixel_position_ids")  # fmt: skip
+INDEXED = "flattened_patches"  # patches behind their row and their column
+# Models that take the tiles of each image on an axis of their own.
+TILES = r"perception_lm"
 MASKS = ("pixel_attention_mask", "pixel_mask", "aspect_ratio_ids", "aspect_ratio_mask")
 WORDS = ("input_ids", "attention_mask", "decoder_input_ids", "bbox")
 KNOWN = {"pixel_values", "pixel_values_videos", "pixel_values_images", "image_sizes", "image_merge_sizes",
-         "merge_sizes", "hidden_states", "bool_masked_pos", *GRIDS, *MASKS, *WORDS}  # fmt: skip
+         "merge_sizes", "hidden_states", "bool_masked_pos", INDEXED, *GRIDS, *MASKS, *WORDS}  # fmt: skip
 
 
 def example(model: nn.Module, geometry: Geometry) -> Example:
@@ -530,9 +614,16 @@ def example(model: nn.Module, geometry: Geometry) -> Example:
     channels = _channels(config)
     video = len(geometry.patch_size) == 3
     image = geometry.image_size or tuple(p if video and i == 0 else GRID * p for i, p in enumerate(geometry.patch_size))
+    towers = _timm_models(model)
+    if towers:
+        inner = trunks.example(towers[0], geometry)
+        if not _parts(model)[0].path or any(unit > 1 for unit in inner.unit):  # the wrapper alone, or behind a backbone
+            return Example(inner.shape, lambda m, x: inner.call(_timm_models(m)[0], x), inner.unit)
+        channels = inner.shape[1]
     if hasattr(config, "frequency_stride"):
         return Example((2, *image), lambda m, x: m(x.transpose(1, 2)))
-    if set(_parameters(_entry(model))) & set(GRIDS) or re.match(BARE_PATCHES, kind):
+    names = set(_parameters(_entry(model)))
+    if names & {INDEXED, *GRIDS} or re.match(BARE_PATCHES, kind):
         order = next((o for _, o in _facts(model).orders.items()), "c t h w" if video else "c h w")
         return Example((1, channels, *image), lambda m, x: _patches(m, x, geometry.patch_size, order))
     if video:
@@ -542,7 +633,7 @@ def example(model: nn.Module, geometry: Geometry) -> Example:
         return Example((1, channels, *image), _towers)
     if kind == "seggpt":  # image and prompt share the height
         return Example((1, channels, image[0] // 2, image[1]), _prompted)
-    if kind == "videomt":
+    if "pixel_values_videos" in names and "pixel_values" not in names:
         return Example((1, 2, channels, *image), _video)
     if frames is not None and re.match("xclip", kind):
         return Example((getattr(config, frames), channels, *image), _images)
@@ -553,7 +644,8 @@ def example(model: nn.Module, geometry: Geometry) -> Example:
 
 def _entry(model: nn.Module) -> Any:
     """What to call with pixels: the method for image features, the vision tower, or the whole model."""
-    for owner in (getattr(model, "model", None), model):  # the inner model's method has the full signature
+    inner = [getattr(model, name, None) for name in ("model", "vlm")]
+    for owner in (*inner, model):  # the inner model's method has the full signature
         method = getattr(owner, "get_image_features", None)
         if method is not None and _feasible(method):
             return method
@@ -597,6 +689,8 @@ def _images(model: nn.Module, pixels: Tensor) -> Any:
         if tiles is not None:  # one image cut into tiles, the whole before them
             number = tiles(sides[0].tolist(), _config(model).image_grid_pinpoints, pixels.shape[-1])
             pixels, given["image_sizes"] = pixels[:1].expand(number, -1, -1, -1)[None], sides
+    if re.match(TILES, str(_config(model).model_type)):
+        pixels = pixels[:, None]
     if "pixel_attention_mask" in names:
         pixels = pixels[:, None]  # images per sample
         mask = pixels.shape[:2] if "tile_fine_mask" in names else (*pixels.shape[:2], *pixels.shape[-2:])
@@ -611,8 +705,8 @@ def _images(model: nn.Module, pixels: Tensor) -> Any:
         given["attention_mask"] = torch.ones(count, 6, dtype=torch.long)
         if "bbox" in names:
             given["bbox"] = torch.arange(4).expand(count, 6, 4)
-        if "decoder_input_ids" in names:
-            given["decoder_input_ids"] = given["input_ids"]
+    if "decoder_input_ids" in names:
+        given["decoder_input_ids"] = torch.arange(2, 8).expand(count, -1)
     return _without_loss(entry(**{name: pixels}, **given, **_hidden_states(model)))
 
 
@@ -643,6 +737,8 @@ def _patches(model: nn.Module, pixels: Tensor, patch: Size, order: str) -> Any:
     name = next((n for n in names if n.startswith("pixel_values")), names[0])
     if re.match("inkling2", kind):
         flat = flat.unflatten(1, (*patch, -1))
+    elif INDEXED in names:
+        flat = torch.cat([at.reshape(-1, 2).flip(1).to(flat) + 1, flat], 1)[None]
     elif "target_sizes" in names:  # patches side by side
         flat = flat.unflatten(1, (-1, *patch)).permute(1, 2, 0, 3).flatten(2)[None]
     elif re.match(AS_IMAGES, kind):
@@ -659,6 +755,7 @@ def _patches(model: nn.Module, pixels: Tensor, patch: Size, order: str) -> Any:
         "merge_sizes": torch.tensor([merge]),
         "pixel_attention_mask": torch.ones(1, height * width, dtype=torch.long),
         "attention_mask": torch.ones(1, height * width, dtype=torch.long),
+        "decoder_input_ids": torch.arange(2, 8)[None],
         "image_position_ids": at.reshape(1, -1, 2),
         "pixel_position_ids": at.reshape(1, -1, 2),
     }
