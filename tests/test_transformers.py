@@ -32,6 +32,7 @@ KINDS = [
     "sam, whole", "seggpt", "layoutlmv3", "vilt", "fuyu", "blip_2", "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v",
     "got_ocr2", "idefics3", "inkling2", "kimi_k25", "llama4", "llava_next", "minicpmv4_6", "mllama", "molmo2",
     "muse_glimmer", "paddleocr_vl", "qwen2_5_vl", "qwen3_vl", "radio", "rf_detr", "vitpose",
+    "kosmos2_5", "mask2former", "pe_audio_video", "perception_lm", "pix2struct", "timm_wrapper",
 ]  # fmt: skip
 HEADS = ["vit masked image modelling", "vit_mae pre-training", "videomae pre-training", "clipseg"]
 RECTANGLES = ["vit", "dinov2", "dinov3_vit", "swin", "videomae", "vitdet", "internvl"]
@@ -91,7 +92,7 @@ def test_rectangular_patches(name: str) -> None:
     assert check(model, (*patch[:-2], 2 * patch[-2], 3 * patch[-1])).passed
 
 
-@pytest.mark.parametrize("name", ["clip", "depth_anything", "qwen2_vl", "vjepa2", "pixtral"])
+@pytest.mark.parametrize("name", ["clip", "depth_anything", "pix2struct", "qwen2_vl", "vjepa2", "pixtral"])
 def test_square_only_is_said_and_changes_nothing(name: str) -> None:
     model = made(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -123,6 +124,11 @@ def test_a_table_that_forward_takes_for_a_square() -> None:
         ("gemma4_unified", "patch_ln1"),
         ("vitmatte", "decoder"),
         ("swin2sr", "fixes the patch at 1"),
+        ("sam2, whole", "vision_encoder.backbone.patch_embed.projection is a convolution of kernel 7x7"),
+        ("edgetam, whole", "overlapping convolution"),
+        ("gemma3n", "conv_stem.conv of MobileNetV5Encoder .* overlapping"),
+        ("fast_vlm", "stem.0.*stride=.2, 2."),
+        ("timm_backbone", "no field for the sizes that timm takes"),
         ("minimax_m2 (MiniMax-M2)", "text only: it has no vision tower"),
         ("qwen2 (Spark-Formalizer-X1)", "text only"),
         ("blt", "text only"),
@@ -166,7 +172,7 @@ def assert_follows(name: str) -> None:
 
 GRIDS = ["vit", "beit shared", "swin", "swinv2", "yolos", "sam, whole", "vitdet", "videomae", "vjepa2", "dinov3_vit",
          "gemma3", "aria", "llava_next", "glm4v", "qwen2_5_vl", "minicpmv4_6", "mllama",
-         "audio-spectrogram-transformer"]  # fmt: skip
+         "audio-spectrogram-transformer", "perception_lm", "sam3_tracker_video", "timm_wrapper"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -322,11 +328,13 @@ def test_patches_are_cut_as_the_image_processor_cuts_them(name: str, processor: 
 
 def test_patches_are_cut_as_the_models_own_functions_cut_them() -> None:
     from transformers.models.gemma4.image_processing_gemma4 import convert_image_to_patches
+    from transformers.models.kosmos2_5.image_processing_kosmos2_5 import torch_extract_patches as kosmos
     from transformers.models.lfm2_vl.image_processing_lfm2_vl import convert_image_to_patches as lfm2
     from transformers.models.molmo2.image_processing_molmo2 import batch_pixels_to_patches as molmo
     from transformers.models.nemotron_h_omni.image_processing_nemotron_h_omni import (
         convert_image_to_patches as nemotron,
     )
+    from transformers.models.pix2struct.image_processing_pix2struct import torch_extract_patches
 
     image = torch.randn(3, 8, 12)
 
@@ -338,6 +346,9 @@ def test_patches_are_cut_as_the_models_own_functions_cut_them() -> None:
     assert torch.equal(nn.Unfold(4, stride=4)(image[None])[0].T, mine("llama4"))
     assert torch.equal(nemotron(image[None], 4)[0], mine("nemotron_h_omni"))
     assert torch.equal(molmo(image.permute(1, 2, 0)[None], 4)[0], mine("molmo2"))
+    pixels = torch_extract_patches(image[None], 4, 4).reshape(-1, 48)
+    assert torch.equal(pixels, mine("pix2struct"))
+    assert torch.equal(kosmos(image[None], 4, 4).reshape(-1, 48), mine("kosmos2_5"))
     fuyu = transformers.FuyuImageProcessor(patch_size={"height": 4, "width": 4})
     assert torch.equal(fuyu.patchify_image(image[None])[0], mine("fuyu"))
     radio = FAMILIES["radio"].build()
@@ -442,7 +453,7 @@ torch.save(out, sys.argv[1] + "/out.pt")
 """
 
 
-@pytest.mark.parametrize("name", ["clip, both towers", "vit"])
+@pytest.mark.parametrize("name", ["clip, both towers", "timm_wrapper", "vit"])
 def test_saved_models_load_without_anypatch(name: str, tmp_path: Path) -> None:
     model = made(name)
     model.save_pretrained(tmp_path / "old")
@@ -473,6 +484,17 @@ def test_the_processor_beside_the_model_follows(tmp_path: Path) -> None:
     anypatch.save(loaded, tmp_path / "new")
     found = transformers.AutoImageProcessor.from_pretrained(tmp_path / "new")
     assert (found.size["height"], found.size["width"]) == (48, 48)
+
+
+def test_the_input_size_of_a_tower_that_timm_made_follows(tmp_path: Path) -> None:
+    model = made("timm_wrapper")
+    model.config.pretrained_cfg = {"input_size": [3, 16, 16], "mean": [0.5] * 3}
+    anypatch.adapt(model, 8, 48)
+    assert model.timm_model.pretrained_cfg["input_size"] == (3, 48, 48)
+    anypatch.save(model, tmp_path)
+    found = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert found.data_config["input_size"] == (3, 48, 48)
+    assert list(found.data_config["mean"]) == [0.5] * 3
 
 
 def test_a_given_processor_is_saved_for_the_new_size_and_left_alone(tmp_path: Path) -> None:
