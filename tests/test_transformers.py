@@ -128,7 +128,7 @@ def test_a_table_that_forward_takes_for_a_square() -> None:
         ("edgetam, whole", "overlapping convolution"),
         ("gemma3n", "conv_stem.conv of MobileNetV5Encoder .* overlapping"),
         ("fast_vlm", "stem.0.*stride=.2, 2."),
-        ("timm_backbone", "no field for the sizes that timm takes"),
+        ("timm_backbone", "patch_embed.proj is a convolution .* no field of its configuration"),
         ("minimax_m2 (MiniMax-M2)", "text only: it has no vision tower"),
         ("qwen2 (Spark-Formalizer-X1)", "text only"),
         ("blt", "text only"),

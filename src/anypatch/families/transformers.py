@@ -357,9 +357,13 @@ def _shrunk() -> Iterator[Family]:
     yield row("qwen2_vl", "Qwen2VLForConditionalGeneration", rotary, packed)
     yield row("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "rotary, windows in pixels", packed)
     yield row("qwen2_5_omni", "Qwen2_5OmniThinkerForConditionalGeneration", "rotary, windows in pixels", packed)
+    yield row("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration", "rotary, windows in pixels", packed,
+              name="qwen2_5_omni, whole", enable_audio_output=False)  # fmt: skip
     yield row("qwen3_5", "Qwen3_5ForConditionalGeneration", both, packed)
     yield row("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", both, packed)
     yield row("qwen3_omni_moe", "Qwen3OmniMoeThinkerForConditionalGeneration", both, packed)
+    yield row("qwen3_omni_moe", "Qwen3OmniMoeForConditionalGeneration", both, packed,
+              name="qwen3_omni_moe, whole", enable_audio_output=False)  # fmt: skip
     yield row("qwen3_vl", "Qwen3VLForConditionalGeneration", both, packed)
     yield row("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", both, packed)
     yield row("qwen4_exp", "Qwen4ExpForConditionalGeneration", both, packed)
@@ -455,6 +459,20 @@ def _refused() -> Iterator[Family]:
     for name, model in text:
         over = {"encoder_hash_byte_group_vocab": 64} if name == "blt" else {}
         yield Family("transformers", name, partial(_shrink, model, over), "text only", "", refused=True)
+    yield Family("transformers", "gemma4_assistant", _gemma4_assistant, "text only", "", refused=True)
+
+
+def _gemma4_assistant() -> nn.Module:
+    """Its default configuration is not valid, so there is none to shrink."""
+    import transformers
+
+    text = tiny(
+        transformers.Gemma4TextConfig,
+        {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2},
+    )
+    return transformers.Gemma4AssistantForCausalLM(
+        transformers.Gemma4AssistantConfig(text_config=text, backbone_hidden_size=32)
+    )
 
 
 def _shrink(model: str, over: dict[str, Any] | None = None) -> nn.Module:

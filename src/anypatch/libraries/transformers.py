@@ -59,8 +59,6 @@ NEVER = (
     (r"inkling(_mm_model|$)", "its vision tower is a tree of layers over the prime factors of the patch size, with "
                               "nonlinearities between them"),
     (r"neomme", "its stem (up_proj, down_proj) normalises the pixels of a patch and has a nonlinearity inside"),
-    (r"timm_backbone", "its configuration has no field for the sizes that timm takes, so it could not be loaded again: "
-                       "wrap the tower in a TimmWrapperModel"),
     (r"gemma4_unified", "its stem (patch_ln1) normalises the pixels of a patch before they are projected"),
 )  # fmt: skip
 # Models whose layers assume a patch size that no configuration field names: (model type, reason).
@@ -207,18 +205,26 @@ def _why_none(model: nn.Module) -> str:
     first = _first_convolution(model)
     if first is None:
         return f"{name} ({kind}) is text only: it has no vision tower, so there are no patches to adapt"
-    return f"{name} ({kind}) has no patch size: its first layer {first}, so its stem is not one linear map per patch"
+    path, convolution = first
+    why = "so its stem is not one linear map per patch"
+    if convolution.kernel_size == convolution.stride and set(convolution.padding) == {0}:  # TimmBackbone's
+        why = "but no field of its configuration tells the size, so at another it could not be loaded again"
+    return f"{name} ({kind}) has no patch size: its first layer {_what(path, convolution)}, {why}"
 
 
-def _first_convolution(model: nn.Module) -> str | None:
-    """The first convolution over an image's channels, and what it does, for people."""
+def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d] | None:
+    """The first convolution over an image's channels, and where it is."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.in_channels <= 4:
-            return (
-                f"{path} is a convolution of kernel {show(tuple(module.kernel_size))} with stride "
-                f"{show(tuple(module.stride))} and padding {module.padding}"
-            )
+            return path, module
     return None
+
+
+def _what(path: str, module: nn.Conv2d | nn.Conv3d) -> str:
+    return (
+        f"{path} is a convolution of kernel {show(tuple(module.kernel_size))} with stride "
+        f"{show(tuple(module.stride))} and padding {module.padding}"
+    )
 
 
 def _require_stem(model: nn.Module, config: Any, patch: Size) -> None:
@@ -239,7 +245,7 @@ def _require_stem(model: nn.Module, config: Any, patch: Size) -> None:
     first = _first_convolution(model)
     raise UnsupportedModelError(
         f"{name} has patch_size {show(patch)}, but no layer that reads one such patch"
-        + (f": its first layer {first}" if first else "")
+        + (f": its first layer {_what(*first)}" if first else "")
         + ", so its stem is not one linear map per patch"
     )
 
@@ -644,7 +650,7 @@ def example(model: nn.Module, geometry: Geometry) -> Example:
 
 def _entry(model: nn.Module) -> Any:
     """What to call with pixels: the method for image features, the vision tower, or the whole model."""
-    inner = [getattr(model, name, None) for name in ("model", "vlm")]
+    inner = [getattr(model, name, None) for name in ("model", "vlm", "thinker")]
     for owner in (*inner, model):  # the inner model's method has the full signature
         method = getattr(owner, "get_image_features", None)
         if method is not None and _feasible(method):
