@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -382,6 +384,36 @@ def test_a_full_disk_leaves_what_was_there(vit: Path, clip: Path, tmp_path: Path
     assert os.waitstatus_to_exitcode(status) == 3
     assert _contents(target) == before
     assert [p.name for p in room.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_replaces_something_is_on_the_disk_first(
+    vit: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    source, target = (clip, tmp_path / "out") if whole else (vit, tmp_path / "out.safetensors")
+    flushed: set[int] = set()
+    real = os.fsync
+
+    def noting(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    def failing(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "the disk is broken")
+        real(descriptor)
+
+    anypatch.convert(source, target, patch_size=32)
+    monkeypatch.setattr(os, "fsync", noting)
+    anypatch.convert(source, target, patch_size=8)
+    files = [target] if not whole else [p for p in target.rglob("*") if p.is_file()]
+    assert {p.stat().st_ino for p in files} <= flushed
+    before = _contents(target)
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(CheckpointError, match="the disk is broken"):
+        anypatch.convert(source, target, patch_size=32)
+    assert _contents(target) == before
+    assert not [p for p in tmp_path.iterdir() if streaming.MARK in p.name]
 
 
 def _contents(path: Path) -> dict[str, bytes]:
