@@ -335,7 +335,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         *verdict(grid),
         "",
-        "Where the token error misses its goal there is no better linear kernel: a dense regression of the original's "
+        "Where the token error misses its goal no better linear kernel was found: a dense regression of the original's "
         "tokens, fitted to twelve other crops of each of these very photographs, has "
         f"{', '.join(_dense_ratios(grid))}.",
         "",
