@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -474,3 +475,14 @@ def test_stale_caches_are_dropped() -> None:
         patch.setattr(twins.Plan, "_twins", with_cache)
         anypatch.adapt(model, 32)
     assert model.patch_embed.cached is None
+
+
+def test_what_cannot_be_saved_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(anypatch.UnsupportedModelError):
+        anypatch.save(nn.Linear(3, 3), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arch_is_for_files() -> None:
+    with pytest.raises(anypatch.UnsupportedModelError, match="arch is for checkpoint files"):
+        anypatch.load("timm:vit_tiny_patch16_224", pretrained=False, arch="timm:vit_small_patch16_224")

@@ -97,3 +97,16 @@ def test_enlargement_is_patch_by_patch() -> None:
             expected = torch.nn.functional.interpolate(patch, (8, 6), mode="bicubic", antialias=True)
             got = ours[..., row * 8 : row * 8 + 8, column * 6 : column * 6 + 6]
             torch.testing.assert_close(got, expected)
+
+
+def test_full_width_and_depth_with_torchs_own_attention() -> None:
+    models = pytest.importorskip("torchvision.models")
+    assert anypatch.check(models.vit_b_32(), 40).passed
+
+
+@torch.no_grad()
+def test_random_weights_keep_activations_of_order_one() -> None:
+    attention = nn.MultiheadAttention(768, 12)
+    randomise(attention, torch.Generator().manual_seed(0))
+    assert attention.in_proj_weight is not None
+    assert attention.in_proj_weight.std().item() == pytest.approx(768**-0.5, rel=0.05)

@@ -19,6 +19,10 @@ def anypatch(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
 
 
+def test_version() -> None:
+    assert anypatch("--version").stdout == "anypatch 0.1.0\n"
+
+
 def test_inspect_says_what_the_model_is() -> None:
     result = anypatch("inspect", *VIT)
     assert result.returncode == 0, result.stderr

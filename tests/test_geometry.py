@@ -100,3 +100,12 @@ def test_models_without_an_image_size() -> None:
     free = Geometry((14, 14), None)
     assert free.grid is None
     assert target_geometry(free, 28).image_size is None
+
+
+def test_keeping_the_grid_is_offered_only_where_it_would_help() -> None:
+    current = Geometry((16, 16), (224, 224), 1, "timm")
+    with pytest.raises(GeometryError, match='or keep="grid"'):
+        target_geometry(current, 15)
+    with pytest.raises(GeometryError) as error:
+        target_geometry(current, 15, 200)
+    assert "keep" not in str(error.value)

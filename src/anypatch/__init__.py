@@ -7,14 +7,14 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from anypatch.errors import AnypatchError, CheckpointError, GeometryError, UnsupportedModelError
+from anypatch.errors import AnypatchError, CheckpointError, DataError, GeometryError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from anypatch.adapt import adapt, geometry
     from anypatch.check import Check, check
     from anypatch.checkpoint import convert
     from anypatch.geometry import Geometry
-    from anypatch.resize import resize_kernel
+    from anypatch.resize import Interpolate, Pi, Wiener, resize_kernel
     from anypatch.sources import load, save
     from anypatch.statistics import PixelStatistics
     from anypatch.sweep import SweepResult, sweep
@@ -29,6 +29,9 @@ _LAZY = {
     "Check": "anypatch.check",
     "Geometry": "anypatch.geometry",
     "resize_kernel": "anypatch.resize",
+    "Pi": "anypatch.resize",
+    "Wiener": "anypatch.resize",
+    "Interpolate": "anypatch.resize",
     "load": "anypatch.sources",
     "save": "anypatch.sources",
     "convert": "anypatch.checkpoint",
@@ -66,11 +69,15 @@ __all__ = [
     "AnypatchError",
     "Check",
     "CheckpointError",
+    "DataError",
     "Geometry",
     "GeometryError",
+    "Interpolate",
+    "Pi",
     "PixelStatistics",
     "SweepResult",
     "UnsupportedModelError",
+    "Wiener",
     "__version__",
     "adapt",
     "check",

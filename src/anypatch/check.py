@@ -119,8 +119,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
                 continue
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
             if p.ndim >= 2:
-                fan_in = max(p[0].numel(), 1) if name == "weight" else 1
-                p.copy_(noise * (1.0 / fan_in**0.5 if name == "weight" else 0.5))
+                linear = name.endswith("weight")  # "in_proj_weight" of torch's own attention, too
+                p.copy_(noise * (1.0 / max(p[0].numel(), 1) ** 0.5 if linear else 0.5))
             else:
                 p.copy_(noise * 0.2 + (1.0 if name in ("weight", "gamma", "lambda1") else 0.0))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:

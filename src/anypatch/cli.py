@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from anypatch import __version__
 from anypatch.cli_options import Arch, Options, loader_options
 from anypatch.cli_sweep import register as register_sweep
 from anypatch.errors import AnypatchError, GeometryError
@@ -63,8 +64,17 @@ KernelOption = Annotated[Kernel, typer.Option(help="How patch kernels are resize
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"anypatch {__version__}", highlight=False)
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def _main(debug: Debug = False) -> None:
+def _main(debug: Debug = False, version: Version = False) -> None:
     """Any pretrained Vision Transformer, at any patch size."""
 
 

@@ -128,7 +128,7 @@ def target_geometry(
         if min(grid) < 1:
             raise GeometryError(f"image_size {show(image)} is smaller than the patch kernel {show(kernel)}")
         return replace(target, explicit_grid=grid)
-    _require_divisible(image, patch, current)
+    _require_divisible(image, patch, current, asked=image_size is not None)
     return target
 
 
@@ -148,7 +148,7 @@ def _image_for_same_grid(current: Geometry, patch: Size, kernel: Size | None) ->
     return tuple((g - 1) * p + k for g, p, k in zip(current.grid, patch, window, strict=True))
 
 
-def _require_divisible(image: Size, patch: Size, current: Geometry) -> None:
+def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool) -> None:
     if all(i % p == 0 for i, p in zip(image, patch, strict=True)):
         return
     if image == current.image_size and patch == current.patch_size:
@@ -159,9 +159,10 @@ def _require_divisible(image: Size, patch: Size, current: Geometry) -> None:
     smaller = tuple(_divisor(i, p, -1) for i, p in zip(image, patch, strict=True))
     larger = tuple(_divisor(i, p, +1) for i, p in zip(image, patch, strict=True))
     patches = " or ".join(dict.fromkeys((show(smaller), show(larger))))
+    other = "" if asked else '; or keep="grid", which changes the image size with the patch'
     raise GeometryError(
         f"patch_size {show(patch)} does not divide image_size {show(image)}: use image_size {images}, "
-        f'or patch_size {patches}; or keep="grid", which changes the image size with the patch'
+        f"or patch_size {patches}{other}"
     )
 
 

@@ -78,6 +78,8 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _by_library(library: str, name: str, host_kwargs: dict[str, Any]) -> nn.Module:
+    if "arch" in host_kwargs:
+        raise UnsupportedModelError(f"arch is for checkpoint files: {library}:{name} says itself what it is")
     try:
         return libraries.library(library).load(name, **host_kwargs)
     except ImportError as error:
@@ -134,6 +136,7 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     """
     path = Path(directory)
     library = host(model)
+    library.subject(unwrap(model))  # refused before anything is written
     try:
         path.mkdir(parents=True, exist_ok=True)
         library.save(unwrap(model), path, **extras)
