@@ -483,6 +483,19 @@ def test_what_cannot_be_saved_leaves_no_directory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("source", "near"),
+    [
+        ("timm:vit_tinny_patch16_224", "vit_tiny_patch16_224"),
+        ("open_clip:ViT-B-33", "ViT-B-32"),
+        ("torchvision:vit_b_99", "vit_b_16"),
+    ],
+)
+def test_unknown_names_say_which_are_like_them(source: str, near: str) -> None:
+    with pytest.raises(anypatch.UnsupportedModelError, match=f"knows no model .* did you mean .*{near}"):
+        anypatch.load(source)
+
+
 def test_arch_is_for_files() -> None:
     with pytest.raises(anypatch.UnsupportedModelError, match="arch is for checkpoint files"):
         anypatch.load("timm:vit_tiny_patch16_224", pretrained=False, arch="timm:vit_small_patch16_224")

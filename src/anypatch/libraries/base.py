@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
+from anypatch.errors import UnsupportedModelError
 from anypatch.geometry import Geometry, Size
 from anypatch.twins import Subject
 
@@ -63,6 +65,14 @@ def plain(size: Size) -> int | Size:
 def pair(size: Any) -> Size:
     """A size as (height, width), from the one int or the sequence that a library keeps."""
     return (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
+
+
+def unknown(library: str, name: str, known: Sequence[str]) -> UnsupportedModelError:
+    """The error for a name that a library does not have, with those that are like it."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return UnsupportedModelError(
+        f"{library} knows no model {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
 
 
 def class_tokens(module: nn.Module) -> int:

@@ -31,7 +31,7 @@ from anypatch.empty import empty
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
 from anypatch.libraries import timm as trunks
-from anypatch.libraries.base import Example, pair, plain
+from anypatch.libraries.base import Example, pair, plain, unknown
 from anypatch.twins import Subject
 
 NAME = "open_clip"
@@ -222,7 +222,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{identifier} holds no open_clip configuration: {error}") from error
     if cfg is None:
-        raise UnsupportedModelError(f"open_clip knows no model {identifier!r}")
+        raise unknown(NAME, identifier, open_clip.list_models())
     if name.startswith(LOCAL):
         tower = Path(name[len(LOCAL) :], TOWER)
         if (tower / "config.json").is_file():  # where the directory is now

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from anypatch.empty import empty
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
-from anypatch.libraries.base import Example, class_tokens, comes_from, pair, plain
+from anypatch.libraries.base import Example, class_tokens, comes_from, pair, plain, unknown
 from anypatch.roles import Facts
 from anypatch.twins import Subject
 
@@ -546,6 +546,8 @@ def _cropping(model: Any, pixels: Tensor) -> Any:
 def load(name: str, **host_kwargs: Any) -> nn.Module:
     import timm
 
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        raise unknown(NAME, name, timm.list_models())
     host_kwargs.setdefault("pretrained", True)
     return timm.create_model(name, **host_kwargs)
 

@@ -23,7 +23,7 @@ from torch import nn
 from anypatch.empty import empty
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.geometry import Geometry, Size, show
-from anypatch.libraries.base import Example
+from anypatch.libraries.base import Example, unknown
 from anypatch.positions import Sampling
 from anypatch.roles import Facts
 from anypatch.twins import Subject
@@ -167,9 +167,11 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     """``NAME``, ``NAME/WEIGHTS`` (an entry of the model's weights enum), or a directory that ``save`` wrote."""
     if Path(name).is_dir():
         return _load_directory(Path(name), **host_kwargs)
-    from torchvision.models import get_model
+    from torchvision.models import get_model, list_models
 
     name, _, weights = name.partition("/")
+    if name.lower() not in list_models():
+        raise unknown(NAME, name, list_models())
     host_kwargs.setdefault("weights", weights or "DEFAULT")
     try:
         return get_model(name, **host_kwargs)

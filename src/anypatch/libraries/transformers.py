@@ -377,9 +377,9 @@ def _cannot_build(model: nn.Module, geometry: Geometry, error: Exception) -> Exc
     sizes = f"patch_size {show(geometry.patch_size)} and image_size {show(geometry.image_size)}"
     name = type(model).__name__
     if len(set(geometry.patch_size[-2:])) > 1:
-        return UnsupportedModelError(f"{name} accepts only square patches, so not {sizes}: {error}")
+        return UnsupportedModelError(f"{name} accepts only square patches, so not {sizes}")
     if geometry.image_size is not None and len(set(geometry.image_size[-2:])) > 1:
-        return UnsupportedModelError(f"{name} accepts only square images, so not {sizes}: {error}")
+        return UnsupportedModelError(f"{name} accepts only square images, so not {sizes}")
     return UnsupportedModelError(f"transformers cannot build {name} with {sizes}: {error}")
 
 
