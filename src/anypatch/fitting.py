@@ -17,7 +17,7 @@ from anypatch import layouts
 from anypatch.empty import empty
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.geometry import show
-from anypatch.libraries.base import plain
+from anypatch.libraries.base import plain, unknown
 from anypatch.readers import Checkpoint
 
 _patching = threading.RLock()
@@ -124,7 +124,7 @@ def build_timm(
                 model = empty(lambda a=arguments: timm.create_model(name, pretrained=True, **a))  # type: ignore[misc]
         except RuntimeError as caught:
             if "Unknown model" in str(caught) or "Invalid pretrained tag" in str(caught):
-                raise UnsupportedModelError(f"timm knows no model {name!r}") from None
+                raise unknown("timm", name, timm.list_models()) from None
             error = error or caught
         except (TypeError, AssertionError, ValueError) as caught:
             error = error or caught
@@ -373,7 +373,7 @@ def build_open_clip(name: str, native: layouts.Native, host_kwargs: Mapping[str,
 
     cfg = open_clip.get_model_config(name)
     if cfg is None:
-        raise UnsupportedModelError(f"open_clip knows no model {name!r}")
+        raise unknown("open_clip", name, open_clip.list_models())
     vision = copy.deepcopy(cfg["vision_cfg"])
     if "timm_model_name" not in vision and native.patch is not None:
         vision["patch_size"] = native.patch[0]
@@ -432,12 +432,12 @@ def build_torchvision(name: str, tensors: Mapping[str, Any], host_kwargs: Mappin
     Raises:
         UnsupportedModelError: torchvision knows no such model.
     """
-    from torchvision.models import get_model, get_model_builder
+    from torchvision.models import get_model, get_model_builder, list_models
 
     try:
         get_model_builder(name)
     except (KeyError, ValueError):
-        raise UnsupportedModelError(f"torchvision knows no model {name!r}") from None
+        raise unknown("torchvision", name, list_models()) from None
     native = layouts.native(tensors)
     arguments: dict[str, Any] = {}
     if native.image is not None:
