@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,13 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     """
     path = Path(directory)
     library = host(model)
-    library.subject(unwrap(model))  # refused before anything is written
+    made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         library.save(unwrap(model), path, **extras)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: something was written
+                path.rmdir()
