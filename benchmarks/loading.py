@@ -154,7 +154,6 @@ def convert(gib: float, runs: int, place: Path) -> None:
         said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
         return time.perf_counter() - start, json.loads(said.splitlines()[-1]) if said else {}
 
-    copy = f"cp -r {directory} {target}"
     command = [sys.executable, "-W", "ignore", "-c", CONVERT, str(directory), str(target), json.dumps(touch)]
     rounds = [(timed(["cp", "-r", str(directory), str(target)])[0], *timed(command)) for _ in range(runs)]
     copy = statistics.median(r[0] for r in rounds)

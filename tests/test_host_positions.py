@@ -48,8 +48,9 @@ def of_open_clip() -> tuple[Any, str, Tensor]:
     from open_clip.model import CLIP, resize_pos_embed
 
     def build(size: int) -> CLIP:
-        vision = {"image_size": size, "patch_size": 4, "width": 12, "layers": 1, "head_width": 6}
-        return CLIP(8, vision, {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1})  # type: ignore[arg-type]
+        vision: Any = {"image_size": size, "patch_size": 4, "width": 12, "layers": 1, "head_width": 6}
+        text: Any = {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
+        return CLIP(8, vision, text)
 
     model = build(OLD)
     nn.init.normal_(model.visual.positional_embedding)
@@ -91,5 +92,6 @@ def test_load_and_convert_take_it_too(tmp_path: Path) -> None:
 
 
 def test_other_names_are_refused() -> None:
+    other: Any = "area"
     with pytest.raises(GeometryError, match="'antialias' or 'host'"):
-        anypatch.adapt(of_timm()[0], image_size=NEW, positions="area")  # type: ignore[arg-type]
+        anypatch.adapt(of_timm()[0], image_size=NEW, positions=other)

@@ -223,8 +223,17 @@ def convert(
     patch, image = size(patch_size, "--patch-size"), size(image_size, "--image-size")
     if patch is None and image is None:
         raise GeometryError("nothing to change: give --patch-size, --image-size or both")
-    how = {"keep": keep.value, "kernel": kernel.value, "positions": positions.value}
-    convert(source, target, patch, image, **how, arch=arch, link=link)  # type: ignore[arg-type]
+    convert(
+        source,
+        target,
+        patch,
+        image,
+        keep=keep.value,
+        kernel=kernel.value,
+        positions=positions.value,
+        arch=arch,
+        link=link,
+    )
     out.print(f"wrote {escape(str(target))}")
 
 

@@ -42,9 +42,8 @@ def _moved(matrix: Tensor, shift: float) -> Tensor:
     """Rows of a resize matrix for a window that starts `shift` rows later; rows beyond the patch are zero."""
     if shift != int(shift):
         raise GeometryError(f"a window that moves by {shift:g} pixels needs kernel 'wiener', or another patch size")
-    count = len(matrix)
-    padded = functional.pad(matrix, (0, 0, max(-int(shift), 0), max(int(shift), 0)))
-    return padded[max(int(shift), 0) :][:count]
+    before, after = max(-int(shift), 0), max(int(shift), 0)
+    return functional.pad(matrix, (0, 0, before, after))[after : after + len(matrix)]
 
 
 @dataclass(frozen=True)
