@@ -32,7 +32,7 @@ docs: $(READY)
 	$(BIN)/python tools/figures.py
 
 coverage-table: $(READY)
-	$(BIN)/python -m anypatch.coverage
+	$(BIN)/python tools/coverage_table.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import dinov2
-from anypatch.adapt import adapt
-from anypatch.resize import Interpolate, Method, Pi, Wiener, resize_kernel
-from anypatch.statistics import PixelStatistics
+from anypatch.adaptation import adapt
+from anypatch.core.kernels import Interpolate, Method, Pi, Wiener, resize_kernel
+from anypatch.core.spectra import PixelStatistics
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD, GRID = dinov2.PATCH, 16

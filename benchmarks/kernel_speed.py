@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from timm.layers.patch_embed import resample_patch_embed
 
-from anypatch.resize import METHODS, resize_kernel
+from anypatch.core.kernels import METHODS, resize_kernel
 
 GOALS = {(14, 16): 8.0, (16, 32): 15.0, (32, 64): 25.0}
 METHOD_NAMES = tuple(METHODS)

@@ -34,10 +34,10 @@ import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
-import timm, anypatch, anypatch.sources, anypatch.checkpoint, anypatch.libraries.timm, accelerate, safetensors.torch
+import timm, anypatch, anypatch.sources, anypatch.conversion, anypatch.hosts.timm.model, accelerate, safetensors.torch
 name, path, how = sys.argv[1:4]
 if "transformers" in how:
-    import transformers, anypatch.libraries.transformers
+    import transformers, anypatch.hosts.transformers.model
 def timm_way():
     overlay = {"file": path, "custom_load": False}
     return timm.create_model(name, pretrained=True, patch_size=32, pretrained_cfg_overlay=overlay)

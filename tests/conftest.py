@@ -14,7 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+for folder in ("benchmarks", "tools"):
+    sys.path.insert(0, str(Path(__file__).parent.parent / folder))
 warnings.filterwarnings("ignore", category=UserWarning)
 
 

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from transformers import ViTConfig, ViTModel
 
 import anypatch
-from anypatch import GeometryError, UnsupportedModelError, twins
-from anypatch.empty import empty
+from anypatch import GeometryError, UnsupportedModelError
+from anypatch.core import twins
+from anypatch.core.empty import empty
 
 
 def vit(**kwargs: Any) -> nn.Module:
@@ -442,8 +443,8 @@ def test_modules_that_are_replaced_keep_the_training_mode() -> None:
             self.proj = nn.Conv2d(3, 4, patch, patch)
             self.pool = nn.Identity() if image // patch > 2 else nn.Dropout(0.5)
 
-    from anypatch.geometry import Geometry
-    from anypatch.resize import as_method
+    from anypatch.core.geometry import Geometry
+    from anypatch.core.kernels import as_method
 
     live = Stem(16, 64).train()
     subject = twins.Subject(live, Geometry((16, 16), (64, 64)), lambda g: Stem(g.patch_size[0], g.image_size[0]).eval())

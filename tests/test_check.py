@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 import anypatch
-from anypatch import GeometryError, positions, resize, twins
-from anypatch.check import enlarge, randomise
-from anypatch.resize import Pi
+from anypatch import GeometryError
+from anypatch.core import kernels as resize
+from anypatch.core import tables as positions
+from anypatch.core import twins
+from anypatch.core.kernels import Pi
+from anypatch.proof import enlarge, randomise
 
 
 def vit() -> nn.Module:

@@ -71,7 +71,7 @@ def test_a_failed_check_exits_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from anypatch.cli import app
 
-    module = importlib.import_module("anypatch.check")
+    module = importlib.import_module("anypatch.proof")
     monkeypatch.setattr(module, "check", lambda model, patch: module.Check(0.5, False, 1, (32, 32)))
     result = CliRunner().invoke(app, ["check", *VIT, "--patch-size", "32"])
     assert result.exit_code == 1

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import anypatch
-from anypatch import CheckpointError, GeometryError, converting, streaming
-from anypatch.readers import read_header
+from anypatch import CheckpointError, GeometryError, converting
+from anypatch.files import shards as streaming
+from anypatch.files.reading import read_header
 
 VIT: dict[str, Any] = {"img_size": 64, "num_classes": 7, "depth": 12}
 TINY = "timm:vit_tiny_patch16_224"

@@ -13,9 +13,9 @@ import timm
 import torch
 from PIL import Image
 
-from anypatch.data import decode, labelled, read_class_names, unlabelled, unreadable
 from anypatch.errors import DataError, UnsupportedModelError
-from anypatch.preprocess import Preprocess, preprocess_of
+from anypatch.measure.images import decode, labelled, read_class_names, unlabelled, unreadable
+from anypatch.measure.preprocess import Preprocess, preprocess_of
 from pictures import COLOURS, image_folder, picture, split_folder, write
 
 

@@ -10,10 +10,10 @@ import torch
 
 import anypatch
 from anypatch import UnsupportedModelError
-from anypatch.adapt import describe, host
-from anypatch.check import check, enlarge, randomise
-from anypatch.families.diffusers import families
-from anypatch.resize import Pi
+from anypatch.adaptation import describe, host
+from anypatch.core.kernels import Pi
+from anypatch.proof import check, enlarge, randomise
+from families.diffusers import families
 
 pytest.importorskip("diffusers")
 FAMILIES = {family.name.split()[0]: family for family in families()}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anypatch.core.geometry import Geometry, as_size, target_geometry
 from anypatch.errors import GeometryError
-from anypatch.geometry import Geometry, as_size, target_geometry
 
 VIT = Geometry((16, 16), (224, 224), 1, "timm")
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import anypatch
-from anypatch.empty import empty
+from anypatch.core.empty import empty
 
 pytest.importorskip("open_clip")
 import open_clip
@@ -108,7 +108,7 @@ def test_the_proof_sees_positions(build, monkeypatch):
         with torch.no_grad():
             model.visual.positional_embedding[1:] = model.visual.positional_embedding[1:].flip(0)
 
-    monkeypatch.setattr(importlib.import_module("anypatch.check"), "adapt", damaging)
+    monkeypatch.setattr(importlib.import_module("anypatch.proof"), "adapt", damaging)
     assert anypatch.check(build("clip"), 12).error > 1e-2
 
 

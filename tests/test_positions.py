@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch.testing import assert_close
 
-from anypatch.positions import resample_grid, resample_relative, resample_tokens
+from anypatch.core.tables import resample_grid, resample_relative, resample_tokens
 
 
 def test_tokens_agree_with_timm() -> None:

@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
-from anypatch import CheckpointError, readers
-from anypatch.readers import read, read_header
+from anypatch import CheckpointError
+from anypatch.files import reading as readers
+from anypatch.files.reading import read, read_header
 
 TENSORS = {
     "patch_embed.proj.weight": torch.arange(48.0).reshape(4, 3, 2, 2),

@@ -15,10 +15,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import anypatch
-from anypatch import html
 from anypatch.errors import AnypatchError, DataError, GeometryError
-from anypatch.sweep import Sample, SweepResult
-from anypatch.view import save_view, view
+from anypatch.measure.sweep import Sample, SweepResult
+from anypatch.measure.view import save_view, view
+from anypatch.report import svg as html
 from browser import Page, find_browser
 from pictures import picture, write
 
@@ -122,7 +122,7 @@ def test_front_and_best_are_said(report: Path) -> None:
 
 
 def test_reports_without_images_or_with_one_size() -> None:
-    from anypatch.report import html as page
+    from anypatch.report.page import html as page
 
     found = result()
     bare = SweepResult(
@@ -270,7 +270,7 @@ def test_view_errors(tmp_path: Path) -> None:
 def command():
     import typer
 
-    from anypatch.cli_sweep import register
+    from anypatch.cli.sweep import register
 
     app = typer.Typer()
     register(app)

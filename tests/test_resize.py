@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from timm.layers.patch_embed import resample_patch_embed
 from torch.nn import functional
 
-import anypatch.resize as resize
-from anypatch.errors import GeometryError
-from anypatch.resize import (
+import anypatch.core.kernels as resize
+from anypatch.core.kernels import (
     FILTERS,
     Interpolate,
     Pi,
@@ -26,6 +25,7 @@ from anypatch.resize import (
     resize_pixels,
     transfer,
 )
+from anypatch.errors import GeometryError
 
 NAMES = ("wiener", "pi", "bicubic", "bilinear")
 SIDES = st.integers(2, 24)

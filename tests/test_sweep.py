@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 import anypatch
-from anypatch import metrics
-from anypatch.cache import Cache, weights_hash
-from anypatch.data import unlabelled
 from anypatch.errors import AnypatchError, DataError, GeometryError, UnsupportedModelError
-from anypatch.features import Reader, area_matrix, pool_to, shared_colours
-from anypatch.preprocess import preprocess_of
+from anypatch.measure import accuracy as metrics
+from anypatch.measure.cache import Cache, weights_hash
+from anypatch.measure.features import Reader, area_matrix, pool_to, shared_colours
+from anypatch.measure.images import unlabelled
+from anypatch.measure.preprocess import preprocess_of
 from pictures import COLOURS, image_folder, split_folder, write
 
 SIZES = [4, 8, 16]
@@ -172,7 +172,7 @@ def test_gflops_by_hand() -> None:
 
 def test_peak_memory_by_hand() -> None:
     """A plain chain: weights, input, and the two largest neighbours among the activations."""
-    from anypatch.cost import _peak_memory
+    from anypatch.measure.cost import _peak_memory
 
     class Chain(nn.Module):
         def __init__(self) -> None:
@@ -343,7 +343,7 @@ def test_own_head_by_order_and_by_name(folder: Path) -> None:
     model = vit(num_classes=3)
     model.pretrained_cfg["label_names"] = ["Red", "blue", "green"]
     assert sweep(model, [8], data=folder).rows[0]["accuracy_by"] == "head"
-    from anypatch.zeroshot import head_columns
+    from anypatch.measure.zeroshot import head_columns
 
     assert head_columns(model, ("blue", "green", "red")) == ([1, 2, 0], "")
     assert head_columns(model, ("blue", "pink", "red"))[0] is None
@@ -352,7 +352,7 @@ def test_own_head_by_order_and_by_name(folder: Path) -> None:
 def test_own_head_counts_right_answers(folder: Path) -> None:
     model = vit(num_classes=3)
     result = sweep(model, [8], data=folder)
-    from anypatch.data import labelled
+    from anypatch.measure.images import labelled
 
     images, preprocess = labelled(folder).test, preprocess_of(model)
     views = [preprocess.view(images.load(i), (32, 32)) for i in range(len(images))]
@@ -376,7 +376,7 @@ def test_zero_shot(folder: Path) -> None:
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=16)(
         [f"a photo of a {c} square." for c in sorted(COLOURS)]
     )
-    from anypatch.data import labelled
+    from anypatch.measure.images import labelled
 
     images, preprocess = labelled(folder).test, preprocess_of(model)
     views = [preprocess.view(images.load(i), (32, 32)) for i in range(len(images))]
@@ -408,7 +408,7 @@ def test_zero_shot_with_the_tokenizer_beside_a_transformers_model(folder: Path, 
 
     result = sweep(str(tmp_path), [8, 16], data=folder, class_names="blue square,green square,red square")
     assert [row["accuracy_by"] for row in result.rows] == ["zero_shot", "zero_shot"]
-    from anypatch.data import labelled
+    from anypatch.measure.images import labelled
 
     images = labelled(folder).test
     pixels = processor([images.load(i) for i in range(len(images))], return_tensors="pt")["pixel_values"]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
-from anypatch.check import check, randomise
-from anypatch.families.timm import families
+from anypatch.proof import check, randomise
+from families.timm import families
 
 VIT: dict[str, Any] = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 64}
 SWIN: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 2)}

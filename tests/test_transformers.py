@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
-from anypatch.adapt import describe, host
-from anypatch.check import check, enlarge, randomise, tensors
-from anypatch.families.transformers import families, tiny
-from anypatch.geometry import Geometry
-from anypatch.libraries.processors import follow, resized
-from anypatch.libraries.transformers import _facts, patchify
-from anypatch.resize import Pi
+from anypatch.adaptation import describe, host
+from anypatch.core.geometry import Geometry
+from anypatch.core.kernels import Pi
+from anypatch.hosts.transformers.model import _facts, patchify
+from anypatch.hosts.transformers.processors import follow, resized
+from anypatch.proof import check, enlarge, randomise, tensors
+from families.transformers import families, tiny
 
 FAMILIES = {family.name: family for family in families()}
 KINDS = [

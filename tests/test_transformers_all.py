@@ -6,8 +6,8 @@ import pytest
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
-from anypatch.check import check
-from anypatch.families.transformers import families
+from anypatch.proof import check
+from families.transformers import families
 from test_transformers import assert_as_built, assert_follows, doubled, made
 
 pytestmark = pytest.mark.slow

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from anypatch.errors import AnypatchError, CheckpointError, DataError, GeometryError, UnsupportedModelError
+from anypatch.version import __version__
 
 if TYPE_CHECKING:
-    from anypatch.adapt import adapt, geometry
-    from anypatch.check import Check, check
-    from anypatch.checkpoint import convert
-    from anypatch.geometry import Geometry
-    from anypatch.resize import Interpolate, Pi, Wiener, resize_kernel
+    from anypatch.adaptation import adapt, geometry
+    from anypatch.conversion import convert
+    from anypatch.core.geometry import Geometry
+    from anypatch.core.kernels import Interpolate, Pi, Wiener, resize_kernel
+    from anypatch.core.spectra import PixelStatistics
+    from anypatch.measure.sweep import SweepResult, sweep
+    from anypatch.proof import Check, check
     from anypatch.sources import load, save
-    from anypatch.statistics import PixelStatistics
-    from anypatch.sweep import SweepResult, sweep
 
-__version__ = "0.1.0"
 
 # Loaded on first use, so that `import anypatch` costs nothing.
 _LAZY = {
-    "adapt": "anypatch.adapt",
-    "geometry": "anypatch.adapt",
-    "check": "anypatch.check",
-    "Check": "anypatch.check",
-    "Geometry": "anypatch.geometry",
-    "resize_kernel": "anypatch.resize",
-    "Pi": "anypatch.resize",
-    "Wiener": "anypatch.resize",
-    "Interpolate": "anypatch.resize",
+    "adapt": "anypatch.adaptation",
+    "geometry": "anypatch.adaptation",
+    "check": "anypatch.proof",
+    "Check": "anypatch.proof",
+    "Geometry": "anypatch.core.geometry",
+    "resize_kernel": "anypatch.core.kernels",
+    "Pi": "anypatch.core.kernels",
+    "Wiener": "anypatch.core.kernels",
+    "Interpolate": "anypatch.core.kernels",
     "load": "anypatch.sources",
     "save": "anypatch.sources",
-    "convert": "anypatch.checkpoint",
-    "PixelStatistics": "anypatch.statistics",
-    "sweep": "anypatch.sweep",
-    "SweepResult": "anypatch.sweep",
+    "convert": "anypatch.conversion",
+    "PixelStatistics": "anypatch.core.spectra",
+    "sweep": "anypatch.measure.sweep",
+    "SweepResult": "anypatch.measure.sweep",
 }
 
 
@@ -52,17 +50,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(types.ModuleType):
-    """Keeps ``anypatch.geometry`` and its like the functions, not the submodules of the same name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _LAZY and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 __all__ = [

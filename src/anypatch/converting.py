@@ -17,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch import streaming
-from anypatch.adapt import make_plan
-from anypatch.architectures import infer
-from anypatch.empty import empty
+from anypatch.adaptation import make_plan
+from anypatch.core.empty import empty
+from anypatch.core.geometry import Geometry
+from anypatch.core.twins import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
-from anypatch.fitting import LOADERS, open_clip_from_config, transformers_class
-from anypatch.geometry import Geometry
-from anypatch.libraries.base import plain as plain_size
-from anypatch.readers import (
+from anypatch.files import shards as streaming
+from anypatch.files.reading import (
     TYPE_NAMES,
     Checkpoint,
     Entry,
@@ -36,7 +34,9 @@ from anypatch.readers import (
     require_finite,
     tensor_bytes,
 )
-from anypatch.twins import Plan
+from anypatch.hosts.architectures import infer
+from anypatch.hosts.base import plain as plain_size
+from anypatch.hosts.fitting import LOADERS, open_clip_from_config, transformers_class
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

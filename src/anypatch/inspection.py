@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from anypatch.adapt import describe, make_plan
+from anypatch.adaptation import describe, make_plan
+from anypatch.core.geometry import Geometry, Keep, SizeLike
+from anypatch.core.twins import Change
 from anypatch.errors import AnypatchError
-from anypatch.geometry import Geometry, Keep, SizeLike
-from anypatch.twins import Change
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from anypatch import libraries
-from anypatch.adapt import adapt, host, unwrap
+from anypatch import hosts as libraries
+from anypatch.adaptation import adapt, host, unwrap
+from anypatch.core.geometry import Keep, SizeLike
+from anypatch.core.tables import PositionsLike
 from anypatch.errors import CheckpointError, UnsupportedModelError
-from anypatch.geometry import Keep, SizeLike
-from anypatch.positions import PositionsLike
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 PREFIXES = {
@@ -72,7 +72,7 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
         library, name = recognise_directory(path)
         return _by_library(library, name, host_kwargs)
     if source.endswith(CHECKPOINT_SUFFIXES):
-        from anypatch.checkpoint import load_file
+        from anypatch.conversion import load_file
 
         return load_file(path, **host_kwargs)
     raise UnsupportedModelError(f"cannot tell where {source!r} comes from: use {FORMS}")

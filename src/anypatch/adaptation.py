@@ -1,0 +1,108 @@
+"""``adapt``: the one path that everything else calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from anypatch.core.geometry import Geometry, Keep, SizeLike, target_geometry
+from anypatch.core.kernels import as_method
+from anypatch.core.tables import ANTIALIASED, PositionsLike
+from anypatch.core.twins import Plan, Subject
+from anypatch.errors import GeometryError
+from anypatch.hosts import recognise
+from anypatch.hosts.base import HostLibrary
+
+
+def adapt(
+    model: nn.Module,
+    patch_size: SizeLike | None = None,
+    image_size: SizeLike | None = None,
+    *,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
+) -> nn.Module:
+    """Change the patch size or image size of a live model, in place.
+
+    The model stays the same object, of the same class, with the same hooks, dtype, device, ``requires_grad``,
+    adapters and shared parameters; parameters stay the same objects too, so an optimizer keeps working (clear its
+    per-parameter state for the resized ones).
+
+    Args:
+        model: a live model of timm, transformers, open_clip, torchvision, or laid out like a ViT.
+        patch_size: pixels, an int or (height, width); for video also (time, height, width).
+        image_size: pixels, likewise; without it ``keep`` decides.
+        keep: ``"image"`` keeps the image size and changes the grid; ``"grid"`` keeps the grid.
+        kernel: how patch kernels are resized, as in :func:`anypatch.resize_kernel`.
+        positions: how absolute position tables are resampled when the grid changes: ``"antialias"``, bicubic with
+            antialias for every library, or ``"host"``, as the model's own library does it.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        GeometryError: sizes that do not fit; the message says which would.
+        UnsupportedModelError: the model cannot be adapted; the message names the layer and why.
+        When it raises, the model is what it was.
+    """
+    plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+    if plan is not None:
+        plan.apply()
+    return model
+
+
+def make_plan(
+    model: nn.Module,
+    patch_size: SizeLike | None = None,
+    image_size: SizeLike | None = None,
+    *,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
+) -> Plan | None:
+    """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s."""
+    method = as_method(kernel)
+    if positions not in ("antialias", "host"):
+        raise GeometryError(f"positions must be 'antialias' or 'host', not {positions!r}")
+    subject = describe(model)
+    target = target_geometry(subject.geometry, patch_size, image_size, keep)
+    if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
+        return None
+    return Plan(subject, target, method, subject.facts.sampling if positions == "host" else ANTIALIASED)
+
+
+def geometry(model: nn.Module) -> Geometry:
+    """The model's present geometry.
+
+    Raises:
+        UnsupportedModelError: no patch embedding was found.
+    """
+    return describe(model).geometry
+
+
+def describe(model: nn.Module) -> Subject:
+    """The live model as its host library's file describes it, wrappers taken off."""
+    inner = unwrap(model)
+    return replace(host(inner).subject(inner), wrapper=model)
+
+
+def host(model: nn.Module) -> HostLibrary:
+    """The host library's file for a model, wrappers taken off."""
+    return recognise(unwrap(model))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off ``torch.compile``, DataParallel and PEFT wrappers."""
+    while isinstance(model, nn.Module):
+        inner = model._modules.get("_orig_mod")
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = model._modules.get("module")
+        if inner is None and type(model).__module__.split(".")[0] == "peft" and hasattr(model, "get_base_model"):
+            inner = cast(Any, model).get_base_model()
+        if inner is None or inner is model:
+            return model
+        model = inner
+    return model

@@ -1,0 +1,1 @@
+"""The mechanism: torch only, no library and no file."""

@@ -1,0 +1,154 @@
+"""What a table of tensors tells by its names and shapes alone: where it comes from, and its native geometry."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anypatch.core.geometry import Size
+
+# Patch projections by origin, most specific first. What follows the name is the layout of the kernel.
+KERNELS = (
+    (r"(^|\.)patch_embed\.proj\.weight$", "o i h w"),  # timm, DINO, DINOv2, MAE, BEiT, DeiT, EVA, SAM, I-JEPA
+    (r"(^|\.)patch_embed\.projection\.weight$", "o i h w"),
+    (r"(^|\.)patchifier\.proj\.weight$", "o i h w"),  # AIMv2
+    (r"(^|\.)vision_embed\.proj(\.A)?\.weight$", "o i h w"),  # BEiT-3
+    (r"(^|\.)embeddings\.patch_embeddings\.projection\.weight$", "o i h w"),  # transformers
+    (r"(^|\.)embeddings\.patch_embeddings\.weight$", "o i h w"),
+    (r"(^|\.)embeddings\.patch_embedding\.weight$", "o i h w"),
+    (r"(^|visual\.)conv1\.weight$", "o i h w"),  # OpenAI CLIP, OpenCLIP
+    (r"^conv_proj\.weight$", "o i h w"),  # torchvision
+    (r"(^|/)embedding/kernel$", "h w i o"),  # Google's .npz
+    (r"(^|\.)embeds\.proj\.weight$", "o (h w i)"),  # NaFlex
+    (r"(^|\.)patch_generator\.embedder\.weight$", "o (h w i)"),  # RADIO
+)
+POSITIONS = re.compile(
+    r"(^|[./])(pos_embed|pos_embedding|positional_embedding|position_embeddings?(\.weight)?|embed_positions(\.A)?\.weight)$"
+)
+NOT_IMAGE = re.compile(r"(^|[./])(text|txt|decoder|predictor|language)([_./]|model)")
+MAX_PREFIX = 16
+
+
+@dataclass(frozen=True)
+class Native:
+    """The geometry that tensors were trained at, as far as they tell.
+
+    Attributes:
+        kernel: name of the patch projection.
+        patch: its patch size.
+        channels: of the image.
+        grid: patches per axis, where a table of positions over a square grid tells.
+    """
+
+    kernel: str | None
+    patch: Size | None
+    channels: int | None
+    grid: Size | None
+
+    @property
+    def image(self) -> Size | None:
+        if self.patch is None or self.grid is None:
+            return None
+        return tuple(p * g for p, g in zip(self.patch, self.grid, strict=True))
+
+
+def native(shapes: Mapping[str, Any]) -> Native:
+    """Read the native geometry off names and shapes (of tensors, or anything with a ``shape``)."""
+    kernel, patch, channels = _kernel(shapes)
+    return Native(kernel, patch, channels, _grid(shapes))
+
+
+def _kernel(shapes: Mapping[str, Any]) -> tuple[str | None, Size | None, int | None]:
+    for pattern, layout in KERNELS:
+        for name, tensor in shapes.items():
+            if not re.search(pattern, name) or NOT_IMAGE.search(name):
+                continue
+            shape = tuple(tensor.shape)
+            if layout == "o i h w" and len(shape) == 4:
+                return name, shape[2:], shape[1]
+            if layout == "h w i o" and len(shape) == 4:
+                return name, shape[:2], shape[2]
+            if len(shape) == 2 and shape[1] % 3 == 0:
+                side = math.isqrt(shape[1] // 3)
+                if side * side * 3 == shape[1]:
+                    return name, (side, side), 3
+    return None, None, None
+
+
+def _grid(shapes: Mapping[str, Any]) -> Size | None:
+    for name, tensor in shapes.items():
+        shape = tuple(tensor.shape)
+        if POSITIONS.search(name) and not NOT_IMAGE.search(name) and not _is_text(name, shapes):
+            if len(shape) == 4 and shape[1] > 1:
+                return (shape[1], shape[2])
+            if len(shape) in (2, 3):
+                side = square_grid(shape[-2])
+                if side is not None:
+                    return (side, side)
+    for name, tensor in shapes.items():
+        shape = tuple(tensor.shape)
+        if name.endswith("relative_position_bias_table") and len(shape) == 2 and "layers." not in name:
+            side = math.isqrt(max(shape[0] - 3, 0))
+            if side % 2 and side * side == shape[0] - 3:
+                return ((side + 1) // 2,) * 2
+    return None
+
+
+def _is_text(name: str, shapes: Mapping[str, Any]) -> bool:
+    """OpenAI's ``positional_embedding`` without a prefix belongs to the text tower if there is an image tower."""
+    return name == "positional_embedding" and any(n.startswith("visual.") for n in shapes)
+
+
+def follows_geometry(name: str) -> bool:
+    """Whether a tensor of this name is a patch projection or a table of positions of an image tower."""
+    if NOT_IMAGE.search(name):
+        return False
+    return bool(
+        POSITIONS.search(name)
+        or re.search(r"(^|\.)(relative_position_bias_table|rel_pos_[hw])$", name)
+        or any(re.search(pattern, name) for pattern, _ in KERNELS)
+    )
+
+
+def square_grid(tokens: int) -> int | None:
+    """The side of a square grid after the fewest prefix tokens, or ``None``."""
+    for prefix in range(MAX_PREFIX):
+        side = math.isqrt(max(tokens - prefix, 0))
+        if side and side * side == tokens - prefix:
+            return side
+    return None
+
+
+def origin(names: Mapping[str, Any]) -> str:
+    """The library in whose terms tensors are named: ``npz``, ``open_clip``, ``transformers``, ``torchvision`` or
+    ``timm`` (which converts many others)."""
+    if any(n.endswith("embedding/kernel") for n in names):
+        return "npz"
+    image = any(n.startswith("visual.") for n in names)
+    if image and any(n.startswith(("transformer.resblocks.", "text.")) for n in names):
+        return "open_clip"
+    if "conv_proj.weight" in names or any(n.startswith("encoder.layers.encoder_layer_0.") for n in names):
+        return "torchvision"
+    if any(re.search(r"embeddings\.patch_embeddings?\.(projection\.)?weight$", n) for n in names):
+        return "transformers"
+    return "timm"
+
+
+def first_block_only(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out every block but the first of each stack: enough to tell architectures apart."""
+    later = re.compile(r"(^|\.)(blocks|resblocks|layers)\.[1-9]\d*\.")
+    return {name: tensor for name, tensor in tensors.items() if not later.search(name)}
+
+
+def depth(names: Mapping[str, Any]) -> int | None:
+    """Number of blocks in the image tower's longest stack."""
+    found = [
+        int(match[2])
+        for name in names
+        if not NOT_IMAGE.search(name) and not name.startswith("transformer.")
+        if (match := re.search(r"(blocks|resblocks|layers|encoderblock)[._](\d+)[./]", name))
+    ]
+    return max(found) + 1 if found else None

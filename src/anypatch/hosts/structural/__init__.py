@@ -1,0 +1,1 @@
+"""Hand-made and torch.hub models."""

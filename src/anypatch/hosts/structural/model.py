@@ -1,0 +1,830 @@
+"""Models that no other file knows: hand-made ViTs, torch.hub repositories, and models that hold a known one.
+
+There is no constructor to ask for twins here, so a twin is a copy of the live model, parameters on the meta device,
+in which a structural rule has set what follows the geometry:
+
+- the projection: the first convolution that sees pixels, whose kernel is its stride;
+- position tables: parameters, buffers, embeddings or plain tensors named like one, over prefix tokens and the grid;
+- attributes named like a patch size, an image size, a grid or a count, whose value is the present one;
+- pixel heads (MAE's ``decoder_pred``), if the model's own ``unpatchify`` or ``patchify`` tells their order.
+
+Whatever else has the size of the grid cannot be explained, and is an error that names it. Where a model holds one
+model of a host library (``self.backbone = timm.create_model(...)``), that library's file describes it.
+
+``save`` writes ``model.safetensors`` and ``geometry.json`` (patch size, image size, class). Without anypatch: build the
+class at that geometry, then ``model.load_state_dict(safetensors.torch.load_file(...))``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.roles import MAX_EXTRA, Facts
+from anypatch.core.tables import Sampling, resample_grid, resample_tokens
+from anypatch.core.twins import Subject
+from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
+from anypatch.hosts.base import Example, class_tokens
+
+NAME = "generic"
+HOSTS = ("open_clip", "timm", "transformers", "torchvision")
+
+POSITION = re.compile(r"pos(ition)?(al)?s?_?(embed|emb|enc|table)|^pos$|^position(s|al)?$", re.I)
+ROTARY = re.compile(r"rope|rotary|freq", re.I)
+TIME = re.compile(r"tempor|time|frame", re.I)
+RELATIVE = re.compile(r"rel_pos|relative|attn_mask", re.I)
+EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)
+ATTENTION = re.compile(r"attention|attn", re.I)
+PIXELS = re.compile(r"(^|[._])pred$|pixel|recon|final_layer\.linear$|decoder\.head$", re.I)
+
+PATCH_NAMES = {"patch_size", "patch_sizes", "patch_dim_size", "patch", "encoder_stride"}
+TIME_NAMES = {"tubelet_size", "tubelet", "temporal_patch_size"}
+IMAGE_NAMES = {"img_size", "image_size", "input_size", "input_resolution", "image_resolution", "resolution"}
+FRAME_NAMES = {"num_frames", "frames", "all_frames", "n_frames"}
+GRID_NAMES = {"grid_size", "grid", "patches_resolution", "patch_resolution", "grid_shape", "patch_grid", "feat_size"}
+COUNT_NAMES = {
+    "num_patches",
+    "n_patches",
+    "num_patch",
+    "seq_len",
+    "seq_length",
+    "sequence_length",
+    "num_tokens",
+    "n_tokens",
+    "num_positions",
+    "n_positions",
+    "num_pos",
+}
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A position table: its module's path and name, its grid axes or its token axis, and tokens before the grid."""
+
+    path: str
+    name: str
+    axes: Size
+    prefix: int = 0
+    spatial: bool = False  # over the height and width of a video's grid
+
+    @property
+    def full(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the structural rule found in a live model."""
+
+    geometry: Geometry
+    stem: str
+    part: str
+    tables: tuple[Table, ...]
+    heads: dict[str, tuple[int, str]]  # pixel heads: path -> (channels, flattening order, "" where unknown)
+
+
+def recognises(model: nn.Module) -> bool:
+    return any(isinstance(m, (*CONVOLUTIONS, nn.Linear)) for m in model.modules())
+
+
+def subject(model: nn.Module) -> Subject:
+    held = _held(model)
+    if held is not None:
+        return held
+    layout = _layout(model)
+    orders = {rf"^{re.escape(path)}\.(weight|bias)$": order for path, (_, order) in layout.heads.items() if order}
+    facts = Facts(orders=orders, sampling=Sampling(antialias=False))  # as DINO, DINOv2 and MAE
+    return Subject(model, layout.geometry, build=lambda g: _build(model, layout, g), facts=facts)
+
+
+# -- a model that holds a host library's model -----------------------------------------------------------------
+
+
+def _held(model: nn.Module) -> Subject | None:
+    """The one host library's model inside ``model``, described by that library's file."""
+    from anypatch.hosts import library
+
+    hosts = [library(name) for name in HOSTS]
+    found: list[tuple[str, Subject]] = []
+    for path, module in model.named_modules():
+        if not path or any(path.startswith(f"{p}.") for p, _ in found):
+            continue
+        for host in hosts:
+            if host.recognises(module):
+                try:
+                    found.append((path, host.subject(module)))
+                except UnsupportedModelError:
+                    continue
+                break
+    if not found:
+        return None
+    if len(found) > 1:
+        paths = ", ".join(path for path, _ in found)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(found)} models with a patch embedding ({paths}): adapt each on its own"
+        )
+    ((path, inner),) = found
+    whole = f"{path}.{inner.path}" if inner.path else path
+    return replace(inner, model=model, path=whole)
+
+
+# -- the structural rule ---------------------------------------------------------------------------------------
+
+
+def _layout(model: nn.Module) -> Layout:
+    stem = _stem(model)
+    conv = model.get_submodule(stem)
+    assert isinstance(conv, CONVOLUTIONS)
+    patch = tuple(conv.stride)
+    image = _image_size(model, stem, conv)
+    if image is None:
+        image = _image_from_table(model, stem, patch)
+    geometry = Geometry(patch, image, 0, NAME)
+    part, tables = _tables(model, stem, geometry)
+    prefix = next((t.prefix for t in tables if len(t.axes) == 1 and t.prefix >= 0), None)
+    if prefix is None:
+        prefix = class_tokens(model.get_submodule(part))
+    _require_vit(model, stem, tables)
+    heads = _pixel_heads(model, conv)
+    return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads)
+
+
+def _stem(model: nn.Module) -> str:
+    """The path of the first convolution that sees pixels.
+
+    Raises:
+        UnsupportedModelError: there is none, or the stem is not one linear map per patch.
+    """
+    spatial = {
+        path: m
+        for path, m in model.named_modules()
+        if isinstance(m, CONVOLUTIONS) and max(m.kernel_size) > 1 and "lora_" not in path
+    }
+    if not spatial:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no patch embedding that anypatch can find: no convolution with a kernel "
+            f"(of linear layers over flattened patches the flattening order is not known)"
+        )
+    pixels = [path for path, m in spatial.items() if m.in_channels <= 4] or list(spatial)
+    path = pixels[0]
+    conv = spatial[path]
+    padding = conv.padding if isinstance(conv.padding, str) else any(conv.padding)
+    if conv.kernel_size != conv.stride or padding not in (False, "valid"):
+        raise UnsupportedModelError(
+            f"{path}, the first convolution, has kernel {show(conv.kernel_size)}, stride {show(conv.stride)} and "
+            f"padding {conv.padding}: the stem is not one linear map per patch"
+        )
+    if set(conv.dilation) != {1} or conv.groups != 1:
+        raise UnsupportedModelError(f"{path} is dilated or grouped: the stem is not one linear map per patch")
+    for ancestor in _ancestors(path)[:-1]:
+        module = model.get_submodule(ancestor)
+        named = EMBEDDING.search(ancestor.rpartition(".")[2]) or EMBEDDING.search(type(module).__name__)
+        inside = [p for p in spatial if p.startswith(f"{ancestor}.")]
+        if named and len(inside) > 1 and _is_embedding(module):
+            raise UnsupportedModelError(
+                f"{ancestor} ({type(module).__name__}) is {len(inside)} convolutions ({', '.join(inside[:3])}): the "
+                f"stem is not one linear map per patch"
+            )
+    return path
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Whether a module embeds patches, rather than being a whole model with "patch" in its name."""
+    return not any(isinstance(m, nn.MultiheadAttention) or ATTENTION.search(type(m).__name__) for m in module.modules())
+
+
+def _require_vit(model: nn.Module, stem: str, tables: tuple[Table, ...]) -> None:
+    if tables or EMBEDDING.search(stem):
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) or ATTENTION.search(f"{path} {type(module).__name__}"):
+            return
+        if EMBEDDING.search(type(module).__name__) or "patch_size" in vars(module):
+            return
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no patch embedding that anypatch can find: {stem} cuts the image into patches, "
+        f"but neither positions nor attention follow"
+    )
+
+
+def _ancestors(path: str) -> list[str]:
+    """Of a module path, nearest first, down to the whole model (``""``)."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
+    """The image size that the modules around the stem record."""
+    axes = len(conv.stride)  # type: ignore[arg-type]
+    side = None
+    frames = None
+    for ancestor in _ancestors(stem):
+        for _, name, value in _entries(model.get_submodule(ancestor)):
+            if name in FRAME_NAMES and type(value) is int:
+                frames = frames or value
+            if name not in IMAGE_NAMES:
+                continue
+            size = (value, value) if type(value) is int else _ints(value)
+            if size is None:
+                continue
+            if len(size) == 3 and axes == 2 and size[0] == conv.in_channels:
+                size = size[1:]
+            if len(size) in (2, axes) and all(s >= p for s, p in zip(size[::-1], conv.stride[::-1], strict=False)):  # type: ignore[index]
+                side = side or size
+    if side is None or len(side) == axes:
+        return side
+    return None if frames is None else (frames, *side)
+
+
+def _image_from_table(model: nn.Module, stem: str, patch: Size) -> Size | None:
+    """A square image, from the length of the table nearest to the stem."""
+    for ancestor in _ancestors(stem):
+        for path, name, tensor in _position_tensors(model, ancestor):
+            if len(patch) != 2 or tensor.ndim < 2 or _relative(name):
+                continue
+            if tensor.ndim == 4:
+                sides = tensor.shape[1:3] if tensor.shape[1] == tensor.shape[2] else tensor.shape[2:4]
+                if sides[0] == sides[1]:
+                    return tuple(s * p for s, p in zip(sides, patch, strict=True))
+                continue
+            known = class_tokens(model.get_submodule(path.rpartition(".")[0] if name == "weight" else path))
+            for prefix in dict.fromkeys((known, 0, 1, 2)):
+                side = math.isqrt(max(tensor.shape[-2] - prefix, 0))
+                if side > 1 and side * side == tensor.shape[-2] - prefix:
+                    return tuple(side * p for p in patch)
+    return None
+
+
+def _ints(value: Any) -> Size | None:
+    if isinstance(value, (tuple, list)) and value and all(type(v) is int and v > 0 for v in value):
+        return tuple(value)
+    return None
+
+
+# -- position tables -------------------------------------------------------------------------------------------
+
+
+def _relative(name: str) -> bool:
+    return RELATIVE.search(name) is not None
+
+
+def _tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """Parameters, buffers and plain tensor attributes, as (module path, name, tensor)."""
+    for path, module in model.get_submodule(below).named_modules():
+        full = f"{below}.{path}" if below and path else below or path
+        for name, tensor in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
+            if isinstance(tensor, Tensor):
+                yield full, name, tensor
+
+
+def _position_tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    for path, name, tensor in _tensors(model, below):
+        owner = model.get_submodule(path)
+        if isinstance(owner, nn.Embedding):
+            named = POSITION.search(path.rpartition(".")[2])
+        else:
+            leaf = isinstance(owner, (nn.Linear, nn.LayerNorm, *CONVOLUTIONS))
+            named = None if leaf else POSITION.search(name) or re.search(r"rel_pos_[hw]$", name)
+        if named and not ROTARY.search(f"{path}.{name}") and tensor.is_floating_point():
+            yield path, name, tensor
+
+
+def _tables(model: nn.Module, stem: str, geometry: Geometry) -> tuple[str, tuple[Table, ...]]:
+    """The part of the model that the stem belongs to, and the tables that the grid explains."""
+    if geometry.grid is None:
+        return "", ()
+    found = [table for path, name, t in _position_tensors(model) if (table := _explain(path, name, t, geometry))]
+    part = next(
+        (a for a in _ancestors(stem) if any(t.path == a or t.path.startswith(f"{a}.") or not a for t in found)), ""
+    )
+    inside = [t for t in found if _within(t.path, part)]
+    prefix = next((t.prefix for t in inside if t.prefix >= 0), 0)
+    outside = [t for t in found if t not in inside and len(t.axes) == 1 and t.prefix in (0, prefix)]
+    return part, (*inside, *outside)
+
+
+def _within(path: str, part: str) -> bool:
+    return not part or path == part or path.startswith(f"{part}.")
+
+
+def _explain(path: str, name: str, tensor: Tensor, geometry: Geometry) -> Table | None:
+    grid = geometry.grid
+    assert grid is not None
+    shape = tuple(tensor.shape)
+    if _relative(name):
+        side = grid[-2] if name.endswith("_h") else grid[-1]
+        return Table(path, name, (0,), -1) if len(shape) == 2 and shape[0] == 2 * side - 1 else None
+    rank = len(grid)
+    if len(shape) > rank:
+        for start in range(len(shape) - rank + 1):
+            if shape[start : start + rank] == grid:
+                return Table(path, name, tuple(range(start, start + rank)))
+    order = [a for a in (len(shape) - 2, 0, 1, len(shape) - 1) if 0 <= a < len(shape)]
+    for spatial in (False, True) if rank == 3 else (False,):
+        tokens = math.prod(grid[1:] if spatial else grid)
+        for axis in dict.fromkeys(order):
+            if len(shape) > 1 and 0 <= shape[axis] - tokens <= MAX_EXTRA:
+                return Table(path, name, (axis,), shape[axis] - tokens, spatial)
+    return None
+
+
+def _table_shape(table: Table, shape: Size, geometry: Geometry) -> Size:
+    assert geometry.grid is not None
+    new = list(shape)
+    if table.prefix < 0:  # relative, one axis
+        new[0] = 2 * (geometry.grid[-2] if table.name.endswith("_h") else geometry.grid[-1]) - 1
+    elif len(table.axes) > 1:
+        for axis, side in zip(table.axes, geometry.grid, strict=True):
+            new[axis] = side
+    else:
+        new[table.axes[0]] = table.prefix + math.prod(geometry.grid[1:] if table.spatial else geometry.grid)
+    return tuple(new)
+
+
+def _resampled(table: Table, tensor: Tensor, old: Geometry, new: Geometry) -> Tensor:
+    """A table that is no parameter, at another grid."""
+    assert old.grid is not None
+    assert new.grid is not None
+    if table.prefix < 0:
+        return resample_grid(tensor, (0,), _table_shape(table, tuple(tensor.shape), new)[:1])
+    if len(table.axes) > 1:
+        return resample_grid(tensor, table.axes, new.grid)
+    grids = (old.grid[1:], new.grid[1:]) if table.spatial else (old.grid, new.grid)
+    return resample_tokens(tensor, table.axes[0], *grids, table.prefix)
+
+
+# -- pixel heads -----------------------------------------------------------------------------------------------
+
+
+def _pixel_heads(model: nn.Module, conv: Any) -> dict[str, tuple[int, str]]:
+    pixels = math.prod(conv.stride)
+    heads: dict[str, tuple[int, str]] = {}
+    for path, module in model.named_modules():
+        named = re.sub(r"\.(base_layer|lora_B\..*)$", "", path)  # adapters over the head write the same pixels
+        if not PIXELS.search(named) or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            continue
+        if isinstance(module, CONVOLUTIONS) and set(module.kernel_size) != {1}:
+            continue
+        rows = module.weight.shape[0]
+        if rows % pixels == 0 and rows // pixels in (conv.in_channels, 2 * conv.in_channels):
+            channels = rows // pixels
+            heads[path] = (channels, _probe_order(model, path, conv.stride, channels, conv.in_channels))
+    return heads
+
+
+def _probe_order(model: nn.Module, head: str, patch: Size, channels: int, in_channels: int) -> str:
+    """The order in which the model's own ``unpatchify`` or ``patchify`` flattens a patch; empty if it does not tell."""
+    if len(patch) != 2:
+        return ""
+    h, w = patch
+    size = channels * h * w
+    index = torch.arange(size, dtype=torch.float32)
+    images = {"h w c": index.view(h, w, channels).permute(2, 0, 1), "c h w": index.view(channels, h, w)}
+    for ancestor in _ancestors(head):
+        module = model.get_submodule(ancestor)
+        unpatchify, patchify = getattr(module, "unpatchify", None), getattr(module, "patchify", None)
+        for tokens in (4, _count(module)):
+            if callable(unpatchify) and tokens:
+                try:
+                    image = unpatchify(index.expand(1, tokens, size).clone())[0]
+                except Exception:
+                    continue
+                for order, expected in images.items():
+                    if image.ndim == 3 and torch.equal(image[..., :h, :w], expected):
+                        return order
+        if callable(patchify) and channels == in_channels:
+            side = max(h, w) * math.lcm(h, w) // math.gcd(h, w)
+            for order, expected in images.items():
+                try:
+                    got = patchify(expected.repeat(1, side // h, side // w)[None])
+                except Exception:
+                    continue
+                if torch.equal(got.reshape(-1, size)[0], index):
+                    return order
+    return ""
+
+
+def _count(module: nn.Module) -> int:
+    for child in module.modules():
+        count = vars(child).get("num_patches")
+        if type(count) is int:
+            return count
+    return 0
+
+
+# -- twins -----------------------------------------------------------------------------------------------------
+
+
+def _build(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
+    old = layout.geometry
+    _require_explained(model, layout, geometry)
+    twin = _copy(model)
+    if (geometry.patch_size, geometry.image_size) == (old.patch_size, old.image_size):
+        return twin
+    _set_projection(twin, layout, geometry)
+    if geometry.grid is not None and geometry.grid != old.grid:
+        for table in layout.tables:
+            _set_table(twin, model, table, old, geometry)
+    if geometry.patch_size != old.patch_size:
+        _require_named(model, layout)
+        for path, (channels, order) in layout.heads.items():
+            _set_head(twin.get_submodule(path), path, channels, order, geometry)
+    for path, module in twin.named_modules():
+        _set_attributes(module, path, layout, geometry)
+    return twin
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy without hooks, its parameters on the meta device."""
+    memo: dict[int, Any] = {}
+    fresh = nn.Module()
+    keep: list[Any] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and (value.requires_grad or value.grad_fn is not None):
+                memo[id(value)] = torch.empty_like(value, device="meta").detach()
+            elif isinstance(value, dict) and name in vars(fresh) and name.endswith(("_hooks", "_kwargs", "_called")):
+                memo[id(value)] = type(value)()
+                keep.append(value)
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+def _parameter(old: Tensor, shape: Size) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta"), requires_grad=old.requires_grad)
+
+
+def _set_projection(twin: nn.Module, layout: Layout, geometry: Geometry) -> None:
+    stem = twin.get_submodule(layout.stem)
+    assert isinstance(stem, CONVOLUTIONS)
+    old = (tuple(stem.kernel_size), stem.in_channels)
+    wrapper = layout.stem.rpartition(".")[0] if layout.stem.endswith("base_layer") else layout.stem
+    for module in twin.get_submodule(wrapper).modules():  # adapters over the projection read the same pixels
+        if isinstance(module, CONVOLUTIONS) and (tuple(module.kernel_size), module.in_channels) == old:
+            shape = (*module.weight.shape[:2], *geometry.patch_size)
+            module._parameters["weight"] = _parameter(module.weight, shape)
+            vars(module)["kernel_size"] = vars(module)["stride"] = geometry.patch_size
+
+
+def _set_table(twin: nn.Module, model: nn.Module, table: Table, old: Geometry, new: Geometry) -> None:
+    owner, live = twin.get_submodule(table.path), model.get_submodule(table.path)
+    if table.name in owner._parameters:
+        parameter = owner._parameters[table.name]
+        assert parameter is not None
+        owner._parameters[table.name] = _parameter(parameter, _table_shape(table, tuple(parameter.shape), new))
+        return
+    tensor = live._buffers.get(table.name, vars(live).get(table.name))
+    assert isinstance(tensor, Tensor)
+    value = _resampled(table, tensor.detach(), old, new)
+    if table.name in owner._buffers:
+        owner._buffers[table.name] = value
+    else:
+        vars(owner)[table.name] = value
+
+
+def _set_head(head: nn.Module, path: str, channels: int, order: str, geometry: Geometry) -> None:
+    if not order:
+        raise UnsupportedModelError(
+            f"{path} predicts the pixels of a patch, and neither unpatchify nor patchify of the model tells their order"
+        )
+    rows = channels * math.prod(geometry.patch_size)
+    weight, bias = head._parameters["weight"], head._parameters.get("bias")
+    assert weight is not None
+    head._parameters["weight"] = _parameter(weight, (rows, *weight.shape[1:]))
+    if bias is not None:
+        head._parameters["bias"] = _parameter(bias, (rows,))
+    vars(head)["out_features" if isinstance(head, nn.Linear) else "out_channels"] = rows
+
+
+# -- attributes ------------------------------------------------------------------------------------------------
+
+
+def _entries(holder: Any, depth: int = 0) -> Iterator[tuple[Any, str, Any]]:
+    """Plain values on a module, and in the dictionaries, lists and configuration objects it holds."""
+    mapping = holder if isinstance(holder, dict) else vars(holder)
+    hidden = vars(nn.Module()) if isinstance(holder, nn.Module) else {}
+    for name, value in list(mapping.items()):
+        if not isinstance(name, str) or name in hidden:
+            continue
+        yield mapping, name, value
+        items = value if isinstance(value, list) else [value]
+        for item in items[:64]:
+            if depth < 2 and _holds_values(item):
+                yield from _entries(item, depth + 1)
+
+
+def _holds_values(item: Any) -> bool:
+    if isinstance(item, (nn.Module, Tensor, type)) or callable(item):
+        return False
+    return isinstance(item, dict) or hasattr(item, "__dict__")
+
+
+def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry) -> None:
+    old = layout.geometry
+    for mapping, name, value in _entries(module):
+        for names, present, following in _kinds(old, new):
+            if name == "reduction" and mapping is not vars(module) and value == max(old.patch_size[-2:]):
+                mapping[name] = max(new.patch_size[-2:])  # as timm's feature_info has it
+                continue
+            if name in names and value is not None:
+                changed = _follow(value, present, following, f"{path}.{name}" if path else name)
+                if changed is not None:
+                    mapping[name] = changed
+                    break
+    if isinstance(module, nn.PixelShuffle) and module.upscale_factor == old.patch_size[-1]:
+        module.upscale_factor = new.patch_size[-1]
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = module.weight.shape[0]
+    for name, buffer in module._buffers.items():
+        length = _enumerates(buffer, old)
+        if buffer is not None and length is not None and new.grid is not None:
+            length += math.prod(new.grid) - math.prod(old.grid or ())
+            shape = (*buffer.shape[:-1], length)
+            module._buffers[name] = torch.arange(length, dtype=buffer.dtype, device=buffer.device).expand(shape)
+
+
+def _enumerates(tensor: Tensor | None, geometry: Geometry) -> int | None:
+    """The length of a buffer that numbers the tokens 0, 1, … (``position_ids``); ``None`` if it does not."""
+    if tensor is None or tensor.is_floating_point() or tensor.ndim == 0 or geometry.grid is None:
+        return None
+    length = tensor.shape[-1]
+    if tensor.numel() != length or not 0 <= length - math.prod(geometry.grid) <= geometry.prefix_tokens:
+        return None
+    return length if torch.equal(tensor.flatten().cpu().long(), torch.arange(length)) else None
+
+
+def _kinds(old: Geometry, new: Geometry) -> Iterator[tuple[set[str], list[Any], list[Any]]]:
+    """Names, and the values that attributes of those names have at the two geometries, in corresponding order."""
+    space = slice(-2, None)
+    yield PATCH_NAMES, *_sizes(old.patch_size, new.patch_size)
+    if len(old.patch_size) == 3:
+        yield TIME_NAMES, [old.patch_size[0]], [new.patch_size[0]]
+    if old.image_size is not None and new.image_size is not None:
+        yield IMAGE_NAMES, *_sizes(old.image_size, new.image_size)
+        if len(old.image_size) == 3:
+            yield FRAME_NAMES, [old.image_size[0]], [new.image_size[0]]
+    if old.grid is None or new.grid is None:
+        return
+    yield GRID_NAMES | IMAGE_NAMES, *_sizes(old.grid, new.grid)
+    counts: list[Callable[[Geometry], int]] = [
+        lambda g: math.prod(g.grid or ()),
+        lambda g: math.prod(g.grid or ()) + g.prefix_tokens,
+        lambda g: math.prod((g.grid or ())[space]),
+        lambda g: math.prod((g.grid or ())[space]) + g.prefix_tokens,
+    ]
+    yield COUNT_NAMES, [count(old) for count in counts], [count(new) for count in counts]
+
+
+def _sizes(old: Size, new: Size) -> tuple[list[Any], list[Any]]:
+    """A size in the forms that attributes have: all axes, two axes, and one int for both."""
+    return [old, old[-2:], _one(old)], [new, new[-2:], _one(new)]
+
+
+def _one(size: Size) -> Any:
+    return size[-1] if size[-1] == size[-2] else None
+
+
+def _follow(value: Any, present: list[Any], following: list[Any], full: str) -> Any:
+    """The value an attribute takes, or ``None`` where it does not follow the geometry."""
+    if type(value) is int:
+        for old, new in zip(present, following, strict=True):
+            if value != old:
+                continue
+            if new is None:
+                raise GeometryError(
+                    f"{full} is one number for both axes ({value}): this model takes square sizes only, not "
+                    f"{show(following[1])}"
+                )
+            return new
+        return None
+    size = _ints(value)
+    if size is None:
+        return None
+    for old, new in zip(present, following, strict=True):
+        if isinstance(old, tuple) and size[-len(old) :] == old and len(size) <= len(old) + 1:
+            return type(value)([*size[: -len(old)], *new])
+    return None
+
+
+# -- what the rule does not explain ----------------------------------------------------------------------------
+
+
+def _require_named(model: nn.Module, layout: Layout) -> None:
+    """What the patch itself decides must have been found by its name.
+
+    Raises:
+        UnsupportedModelError: patches are put together into pixels, or cut by another size; the message says where.
+    """
+    patch = layout.geometry.patch_size
+    for path, module in model.named_modules():
+        puts = callable(getattr(module, "unpatchify", None)) or isinstance(module, nn.Fold)
+        puts = puts or (isinstance(module, nn.PixelShuffle) and module.upscale_factor == patch[-1])
+        if puts and not layout.heads:
+            raise UnsupportedModelError(
+                f"{path or type(model).__name__} puts patches back together into pixels, and no layer that predicts "
+                f"them is named like one"
+            )
+    for ancestor in _ancestors(layout.stem):
+        value = vars(model.get_submodule(ancestor)).get("patch_size")
+        size = (value, value) if type(value) is int else _ints(value)
+        if size is not None and patch[-len(size) :] != size and size != patch:
+            raise UnsupportedModelError(
+                f"{ancestor + '.' if ancestor else ''}patch_size is {value}, but {layout.stem} cuts patches of "
+                f"{show(patch)}: which of them follows cannot be told"
+            )
+
+
+def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
+    """Nothing else in the part that the stem belongs to may depend on the grid.
+
+    Raises:
+        UnsupportedModelError, GeometryError: something does; the message names it.
+    """
+    old = layout.geometry
+    if old.grid is None or new.grid is None or old.grid == new.grid:
+        return
+    part = model.get_submodule(layout.part)
+    tokens = math.prod(old.grid)
+    counts = {tokens, tokens + old.prefix_tokens}
+    known = {(t.path, t.name) for t in layout.tables}
+    widths = {m.normalized_shape[-1] for m in part.modules() if isinstance(m, nn.LayerNorm)}
+    stem = model.get_submodule(layout.stem)
+    widths.add(stem.out_channels)  # type: ignore[arg-type]
+    hint = 'use keep="grid", or sizes that keep the grid'
+    if len(set(old.grid[-2:])) == 1 != len(set(new.grid[-2:])) and any(
+        hasattr(m, "interpolate_pos_encoding") for m in part.modules()
+    ):
+        raise GeometryError(
+            f"{type(part).__name__}.interpolate_pos_encoding takes its position table for a square grid, and "
+            f"{show(new.image_size)} at patch {show(new.patch_size)} is a {show(new.grid)} one: adapt to a square "
+            f"image, and the model itself interpolates for others"
+        )
+    for path, name, tensor in _tensors(model, layout.part):
+        full = f"{path}.{name}" if path else name
+        if (path, name) in known or _enumerates(tensor, old) is not None or _of_window(model, path, name, tensor, old):
+            continue
+        owner = model.get_submodule(path)
+        if isinstance(owner, nn.Linear):
+            if name == "weight" and owner.in_features in counts - widths:
+                raise GeometryError(f"{full} mixes a fixed number of tokens ({owner.in_features}): {hint}")
+        elif isinstance(owner, CONVOLUTIONS):
+            if name == "weight" and tensor.shape[1] in counts - widths and set(owner.kernel_size) == {1}:
+                raise GeometryError(f"{full} mixes a fixed number of tokens ({tensor.shape[1]}): {hint}")
+        elif (
+            _relative(name)
+            or _follows_time(name, tensor, old, new)
+            or _may_span(owner, name, tensor) & (counts - widths)
+        ):
+            raise UnsupportedModelError(
+                f"{full}, of shape {tuple(tensor.shape)}, may depend on the grid in a way that anypatch cannot tell "
+                f"for a hand-made model: {hint}"
+            )
+        elif (path, name) in {(p, n) for p, n, _ in _position_tensors(model, layout.part)} and tensor.ndim > 1:
+            raise UnsupportedModelError(
+                f"{full}, of shape {tuple(tensor.shape)}, is named like a position table, but is none over a "
+                f"{show(old.grid)} grid: {hint}"
+            )
+    for path, module in part.named_modules():
+        size = _ints(vars(module).get("input_resolution"))
+        if size is not None and size not in (old.image_size, old.grid):
+            raise UnsupportedModelError(
+                f"{path}.input_resolution ({show(size)}) is of a coarser grid, which anypatch cannot follow in a "
+                f"hand-made model: {hint}"
+            )
+
+
+def _of_window(model: nn.Module, path: str, name: str, tensor: Tensor, old: Geometry) -> bool:
+    """Whether a relative table or index is over a window that is smaller than the grid."""
+    if not _relative(name) or tensor.ndim == 0:
+        return False
+    assert old.grid is not None
+    for ancestor in [path, *_ancestors(path)] if path else [path]:
+        value = vars(model.get_submodule(ancestor)).get("window_size")
+        window = (value, value) if type(value) is int else _ints(value)
+        if (
+            window is not None
+            and len(window) == 2
+            and all(0 < w < g for w, g in zip(window, old.grid[-2:], strict=True))
+        ):
+            offsets = math.prod(2 * w - 1 for w in window)
+            return tensor.shape[0] in {*(2 * w - 1 for w in window), offsets, offsets + 3, math.prod(window)}
+    return False
+
+
+def _follows_time(name: str, tensor: Tensor, old: Geometry, new: Geometry) -> bool:
+    """Whether a tensor is named like a table over a video's time axis, which changes."""
+    assert old.grid is not None
+    assert new.grid is not None
+    return len(old.grid) == 3 and old.grid[0] != new.grid[0] and bool(TIME.search(name)) and old.grid[0] in tensor.shape
+
+
+def _may_span(owner: nn.Module, name: str, tensor: Tensor) -> set[int]:
+    """Lengths of the axes of an unexplained tensor that may run over tokens."""
+    if isinstance(owner, (nn.LayerNorm, nn.modules.batchnorm._NormBase)) and tensor.ndim < 2:
+        return set()
+    if re.search(r"proj|weight", name) and tensor.ndim == 2:  # a matrix; its result may have any width
+        return set(tensor.shape[:1])
+    if isinstance(tensor, nn.Parameter) and tensor.ndim < 2:
+        return set()
+    return set(tensor.shape)
+
+
+# -- examples, loading, saving ---------------------------------------------------------------------------------
+
+
+def example(model: nn.Module, geometry: Geometry) -> Example:
+    held = _held(model)
+    if held is not None:
+        from anypatch.hosts import recognise
+
+        inner = model.get_submodule(held.path)
+        while True:  # the library's file knows the model by its outermost module
+            try:
+                return Example(recognise(inner).example(inner, geometry).shape, _call)
+            except UnsupportedModelError:
+                held = replace(held, path=held.path.rpartition(".")[0])
+                inner = model.get_submodule(held.path)
+    layout = _layout(model)
+    conv: Any = model.get_submodule(layout.stem)
+    size = geometry.image_size
+    if size is None:
+        size = tuple(8 * p for p in geometry.patch_size)
+    heads = list(layout.heads)
+    masked = hasattr(model, "forward_encoder") and hasattr(model, "forward_decoder") and heads
+    return Example((2, conv.in_channels, *size), _masked(heads[0]) if masked else _call)
+
+
+def _call(model: nn.Module, pixels: Tensor) -> Any:
+    try:
+        inspect.signature(model.forward).bind(pixels)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"the forward of {type(model).__name__} takes other inputs than pixels, which check does not feed yet: "
+            f"{error}"
+        ) from error
+    return model(pixels)
+
+
+def _masked(head: str) -> Callable[[nn.Module, Tensor], Any]:
+    """A masked autoencoder: what its encoder returns, and what its pixel head sees."""
+
+    def call(model: Any, pixels: Tensor) -> Any:
+        seen: list[Tensor] = []
+        hook = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            latent, mask, order = model.forward_encoder(pixels, 0.75)
+            model.forward_decoder(latent, order)
+        finally:
+            hook.remove()
+        return latent, mask, seen
+
+    return call
+
+
+def load(name: str, **host_kwargs: Any) -> nn.Module:
+    """``REPO:NAME`` by ``torch.hub.load``; REPO is a directory with a ``hubconf.py``, or ``owner/name[:branch]``."""
+    repo, _, entry = name.rpartition(":")
+    if not repo or not entry:
+        raise UnsupportedModelError(f"hub:{name} must be hub:REPO:NAME, with a directory or owner/name as REPO")
+    host_kwargs.setdefault("source", "local" if Path(repo).is_dir() else "github")
+    try:
+        return torch.hub.load(repo, entry, **host_kwargs)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"torch.hub cannot load {entry} from {repo}: {error}") from error
+
+
+def save(model: nn.Module, directory: Path, **extras: Any) -> None:
+    """Write the state dict and the geometry (see this module's docstring)."""
+    from safetensors.torch import save_file
+
+    geometry = subject(model).geometry
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+    save_file(tensors, str(directory / "model.safetensors"))
+    record = {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "patch_size": geometry.patch_size,
+        "image_size": geometry.image_size,
+        "grid": geometry.grid,
+        "prefix_tokens": geometry.prefix_tokens,
+        **extras,
+    }
+    (directory / "geometry.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What a patch size costs and keeps."""

@@ -1,0 +1,149 @@
+"""One picture: an image, its patch grid and its patch features at several patch sizes, side by side."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from anypatch.adaptation import adapt
+from anypatch.core.geometry import Keep, SizeLike
+from anypatch.errors import AnypatchError, DataError
+from anypatch.measure.features import Reader, shared_colours
+from anypatch.measure.images import reason
+from anypatch.measure.preprocess import preprocess_of
+from anypatch.measure.sweep import geometries_of, load_model, short
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PAPER, INK, MUTED = (253, 253, 252), (27, 33, 38), (91, 101, 109)
+GAP = 12
+
+
+def view(
+    source: str | Path | nn.Module,
+    image: str | Path,
+    patch_sizes: int | Sequence[SizeLike],
+    *,
+    image_size: SizeLike | None = None,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    arch: str | None = None,
+    cell: int = 256,
+    **host_kwargs: Any,
+) -> Image:
+    """Draw an image's patch grid and patch features, in common colours, one column per patch size.
+
+    Args:
+        source: what :func:`anypatch.load` takes, or a live model, which is left as it is.
+        image: an image file.
+        patch_sizes, image_size, keep, kernel, arch: as in :func:`anypatch.sweep`.
+        cell: the width of a column in pixels.
+
+    Raises:
+        DataError: the image cannot be read.
+        GeometryError: sizes that do not fit.
+    """
+    picture = _open(image)
+    model = load_model(source, arch, host_kwargs)
+    native, targets = geometries_of(model, patch_sizes, image_size, keep, kernel)
+    preprocess = preprocess_of(model, None if isinstance(source, nn.Module) else str(source))
+    views, features = [], []
+    for target in targets:
+        copied = copy.deepcopy(model)
+        assert target.image_size is not None
+        if target != native:
+            adapt(copied, target.patch_size, target.image_size, kernel=kernel)
+        height, width = target.image_size
+        seen = preprocess.view(picture, (height, width))
+        pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None]
+        dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
+        features.append(Reader(copied)(preprocess.normalise(pixels).to(dtype)).patches[0].float())
+        views.append(seen)
+    maps = [line[0] for line in shared_colours([[f] for f in features])]
+    heads = [
+        (f"patch {short(t.patch_size)}", f"image {short(t.image_size or ())}, {m.shape[0]} x {m.shape[1]} patches")
+        for t, m in zip(targets, maps, strict=True)
+    ]
+    return _sheet(views, maps, heads, cell)
+
+
+def save_view(picture: Image, path: str | Path) -> Path:
+    """Write the picture; the file's ending chooses the format."""
+    target = check_target(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target)
+    except OSError as error:
+        raise AnypatchError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def check_target(path: str | Path) -> Path:
+    """The path, if pictures can be written with its ending.
+
+    Raises:
+        AnypatchError: an ending of no known format.
+    """
+    from PIL import Image as Pillow
+
+    target = Path(path)
+    kind = Pillow.registered_extensions().get(target.suffix.lower())
+    if kind not in Pillow.SAVE:
+        raise AnypatchError(f"{target.name}: the ending has to be a picture's, such as .png")
+    return target
+
+
+def _open(path: str | Path) -> Image:
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise many kinds
+        raise DataError(f"{path} cannot be read as an image ({reason(error)})") from error
+
+
+def _sheet(views: Sequence[Image], maps: Sequence[Any], heads: Sequence[tuple[str, str]], cell: int) -> Image:
+    from PIL import Image as Pillow
+    from PIL import ImageDraw, ImageFont
+
+    heights = [round(cell * v.height / v.width) for v in views]
+    large, small = (ImageFont.load_default(size) for size in (cell // 13, cell // 19))
+    head = cell // 5
+    size = (len(views) * (cell + GAP) + GAP, head + 2 * (max(heights) + GAP) + GAP)
+    sheet = Pillow.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, (seen, features, (name, facts), height) in enumerate(zip(views, maps, heads, heights, strict=True)):
+        left = GAP + column * (cell + GAP)
+        draw.text((left, GAP), name, INK, large)
+        draw.text((left, GAP + cell // 10), facts, MUTED, small)
+        top = head + GAP
+        shown = seen.convert("RGB").resize((cell, height), Pillow.Resampling.LANCZOS)
+        sheet.paste(_with_grid(shown, features.shape[:2]), (left, top))
+        coloured = Pillow.fromarray(features).resize((cell, height), Pillow.Resampling.NEAREST)
+        sheet.paste(coloured, (left, top + height + GAP))
+    return sheet
+
+
+def _with_grid(image: Image, grid: tuple[int, int]) -> Image:
+    """Lines between patches, light where the image is dark and dark where it is light."""
+    pixels = np.array(image).astype(np.float32)
+    mask = np.zeros(pixels.shape[:2], bool)
+    for row in range(1, grid[0]):
+        mask[math.floor(row * pixels.shape[0] / grid[0])] = True
+    for column in range(1, grid[1]):
+        mask[:, math.floor(column * pixels.shape[1] / grid[1])] = True
+    light = pixels.mean(2, keepdims=True) > 127
+    line = np.where(light, 0.0, 255.0)
+    pixels = np.where(mask[..., None], 0.45 * pixels + 0.55 * line, pixels)
+    from PIL import Image as Pillow
+
+    return Pillow.fromarray(pixels.round().astype(np.uint8))
