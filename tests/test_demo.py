@@ -23,6 +23,8 @@ from sklearn.datasets import load_digits
 
 import anypatch
 from anypatch import demo
+from anypatch.demo.rows import NAMES
+from anypatch.demo.webpage import _png
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_report_is_readable_without_pictures(report):
     for words in ("Accuracy, share of digits", "pooled features", "images per second"):
         assert words in charts
     for row in result.rows:
-        assert f"{demo.NAMES[row.series]}, patch {row.patch_size}: {100 * row.accuracy:.1f}%" in charts
+        assert f"{NAMES[row.series]}, patch {row.patch_size}: {100 * row.accuracy:.1f}%" in charts
     labels = {label["for"] for label in page.all("label")}
     assert labels == {radio["id"] for radio in page.all("input")}
     identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -176,7 +178,7 @@ def test_table_shows_every_row(report):
     shown = console.export_text()
     for row in result.rows:
         assert f"{row.cosine:.4f}" in shown
-        assert demo.NAMES[row.series] in shown
+        assert NAMES[row.series] in shown
 
 
 def test_pictures_are_png():
@@ -184,12 +186,12 @@ def test_pictures_are_png():
     grey = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
     colour = torch.arange(24, dtype=torch.uint8).reshape(2, 4, 3)
     for pixels in (grey, colour):
-        assert np.array_equal(np.asarray(image.open(BytesIO(demo._png(pixels)))), pixels.numpy())
+        assert np.array_equal(np.asarray(image.open(BytesIO(_png(pixels)))), pixels.numpy())
 
 
 def test_strings_are_escaped(report, monkeypatch):
     result, _, _ = report
-    monkeypatch.setitem(demo.NAMES, "grid", "<script>&")
+    monkeypatch.setitem(NAMES, "grid", "<script>&")
     text = demo.page(result)
     assert "<script>" not in text
     assert "&lt;script&gt;&amp;" in text
