@@ -1,0 +1,170 @@
+"""Real photographs with known classes and exact masks, from Debian's packages: cut-outs pasted on photographs.
+
+`tuxpaint-stamps-default` holds photographic cut-outs with an alpha channel, in folders by category. Pasted on a light
+background or on crops of wallpapers they make natural images whose class and mask are known exactly. Wallpapers that
+train (`TRAINING`) and those that test (`TESTING`, with scikit-image's and scikit-learn's photographs) come from
+different packages; stamps are split into two halves, so that a stamp that trains a probe never tests it.
+
+    python benchmarks/photographs.py            # fetches, and counts what there is
+
+The packages are a benchmark's data: fetched by `apt-get download`, unpacked beside the other caches, no part of
+anypatch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import dinov2
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+FOLDER = dinov2.CACHE / "photographs"
+STAMPS = "tuxpaint-stamps-default"
+TRAINING = (
+    "ukui-wallpapers",
+    "plasma-workspace-wallpapers",
+    "lomiri-wallpapers-16.04",
+    "lomiri-wallpapers-20.04",
+    "gnome-backgrounds",
+)
+TESTING = ("mate-backgrounds",)
+# A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
+CLASSES = {
+    "birds": ("animals/birds",),
+    "mammals": ("animals/mammals", "animals/marsupials"),
+    "insects": ("animals/insects",),
+    "fish": ("animals/fish", "animals/shellfish"),
+    "flowers": ("plants/flowers",),
+    "trees": ("plants/trees",),
+    "food": ("food",),
+    "vehicles": ("vehicles", "military/vehicles"),
+    "instruments": ("hobbies/music",),
+    "town": ("town/monuments", "town/houses", "town"),
+}
+LEFT_OUT = {"cartoon", "symbols", "plastic", "flags", "roadsigns"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """One cut-out: its file, its class, and the half that it belongs to (0 or 1)."""
+
+    path: Path
+    label: str
+    half: int
+
+
+def fetch(package: str) -> Path:
+    """The unpacked package, downloaded once."""
+    target = FOLDER / package
+    if not target.is_dir():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["apt-get", "download", "-qq", package], cwd=FOLDER, check=True)
+        (archive,) = FOLDER.glob(f"{package}_*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
+        archive.unlink()
+    return target
+
+
+def backgrounds(packages: Sequence[str] = TRAINING) -> list[Path]:
+    """Wallpapers of at least 640 pixels, one file for each picture (packages hold many sizes of one), sorted."""
+    found: dict[tuple[str, ...], Path] = {}
+    for package in packages:
+        for path in sorted(fetch(package).rglob("*")):
+            if path.suffix.lower() not in SUFFIXES or path.is_symlink() or path.stem == "screenshot":
+                continue
+            with Image.open(path) as image:
+                if min(image.size) < 640:
+                    continue
+            sized = path.stem.replace("x", "").isdigit()  # 5120x2880.jpg: the picture is named by its folder
+            key = path.parent.parts if sized else (*path.parent.parts, path.stem.split("_")[0])
+            if key not in found or path.stat().st_size > found[key].stat().st_size:
+                found[key] = path
+    return list(found.values())
+
+
+def stamps(half: int | None = None) -> list[Stamp]:
+    """Photographic cut-outs with a transparent margin, sorted by class and name; one half, or both."""
+    root = fetch(STAMPS) / "usr/share/tuxpaint/stamps"
+    found, seen = [], set()
+    for label, folders in CLASSES.items():
+        paths = [path for folder in folders for path in sorted((root / folder).rglob("*.png"))]
+        paths = [p for p in paths if not LEFT_OUT & set(p.parts) and not p.stem.endswith(("_mirror", "_flip"))]
+        members = [path for path in dict.fromkeys(paths) if path not in seen and _cut_out(path)]
+        seen.update(members)
+        found += [Stamp(path, label, i % 2) for i, path in enumerate(members)]
+    return [stamp for stamp in found if half is None or stamp.half == half]
+
+
+def _cut_out(path: Path) -> bool:
+    """Whether a picture has a transparent margin and enough of a figure (a tenth of its box)."""
+    with Image.open(path) as image:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    return bool((alpha == 0).mean() > 0.05 and (alpha > 127).mean() > 0.1)
+
+
+def crops(paths: Sequence[Path], size: int, count: int, seed: int = 0) -> Iterator[Pixels]:
+    """Square crops (size, size, 3) of photographs, of 30 to 100 % of the shorter side, in turn over the files."""
+    draws = np.random.default_rng(seed)
+    for i in range(count):
+        with Image.open(paths[i % len(paths)]) as image:
+            image.draft("RGB", (4 * size, 4 * size))  # a JPEG is decoded at the nearest smaller scale
+            whole = image.convert("RGB")
+        side = int(min(whole.size) * draws.uniform(0.3, 1.0))
+        left, top = (int(draws.integers(0, extent - side + 1)) for extent in whole.size)
+        yield np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+
+
+def light(size: int, count: int, seed: int = 0) -> Iterator[Pixels]:
+    """Plain light backgrounds (size, size, 3) with a slight slope, as on a photographer's table."""
+    draws = np.random.default_rng(seed)
+    for _ in range(count):
+        slope = np.linspace(-8, 8, size)[:, None, None] * draws.choice([-1, 1])
+        yield np.broadcast_to(np.clip(draws.uniform(220, 244, 3) + slope, 0, 255), (size, size, 3)).astype(np.uint8)
+
+
+def paste(background: Pixels, stamp: Stamp, draws: np.random.Generator) -> tuple[Pixels, Mask]:
+    """The stamp on a background (size, size, 3), its longer side 45 to 85 % of it, and its exact mask (size, size)."""
+    size = len(background)
+    with Image.open(stamp.path) as image:
+        figure = image.convert("RGBA")
+    figure = figure.crop(figure.getchannel("A").getbbox())
+    scale = size * draws.uniform(0.45, 0.85) / max(figure.size)
+    width, height = (max(1, round(side * scale)) for side in figure.size)
+    figure = figure.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = int(draws.integers(0, size - width + 1)), int(draws.integers(0, size - height + 1))
+    canvas, mask = Image.fromarray(background), Image.new("L", (size, size))
+    canvas.paste(figure, (left, top), figure)
+    mask.paste(figure.getchannel("A"), (left, top))
+    return np.asarray(canvas), np.asarray(mask) > 127
+
+
+def scenes(
+    members: Sequence[Stamp], size: int, on: Sequence[Path] | None = None, seed: int = 0
+) -> tuple[list[Pixels], list[Mask], list[str]]:
+    """One image of each stamp, on light backgrounds or on crops of ``on``: images, masks and classes."""
+    draws = np.random.default_rng(seed)
+    behind = light(size, len(members), seed) if on is None else crops(on, size, len(members), seed)
+    pasted = [paste(background, stamp, draws) for background, stamp in zip(behind, members, strict=True)]
+    return [image for image, _ in pasted], [mask for _, mask in pasted], [stamp.label for stamp in members]
+
+
+def main() -> None:
+    print(f"{len(backgrounds())} wallpapers to train, {len(backgrounds(TESTING))} to test")
+    for label, count in Counter(stamp.label for stamp in stamps()).items():
+        print(f"{label}: {count}")
+    print(f"{len(stamps())} stamps")
+
+
+if __name__ == "__main__":
+    main()
