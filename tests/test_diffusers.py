@@ -29,7 +29,7 @@ def made() -> Any:
 def run(model: Any, latents: torch.Tensor) -> list[Any]:
     subject = describe(model)
     with torch.no_grad():
-        return host(model).example(model, subject.geometry).call(model, latents)
+        return host(model).example(subject).call(model, latents)
 
 
 @pytest.mark.parametrize("patch", [(1, 4, 4), (2, 2, 2), (2, 6, 6)])

@@ -54,7 +54,7 @@ def doubled(model: nn.Module) -> tuple[int, ...]:
 def run(model: nn.Module, pixels: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Pixels and what the model makes of them."""
     subject = describe(model)
-    example = host(model).example(subject.model, subject.geometry)
+    example = host(model).example(subject)
     if pixels is None:
         pixels = torch.randn(example.shape, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(0)

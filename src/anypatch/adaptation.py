@@ -13,7 +13,7 @@ from anypatch.core.tables import ANTIALIASED, PositionsLike
 from anypatch.core.twins import Plan, Subject
 from anypatch.errors import GeometryError
 from anypatch.hosts import recognise
-from anypatch.hosts.base import HostLibrary
+from anypatch.hosts.base import Host
 
 
 def adapt(
@@ -89,8 +89,8 @@ def describe(model: nn.Module) -> Subject:
     return replace(host(inner).subject(inner), wrapper=model)
 
 
-def host(model: nn.Module) -> HostLibrary:
-    """The host library's file for a model, wrappers taken off."""
+def host(model: nn.Module) -> Host:
+    """The host library of a model, wrappers taken off."""
     return recognise(unwrap(model))
 
 

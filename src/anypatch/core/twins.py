@@ -40,6 +40,7 @@ class Subject:
         finish: after the diff, returns what else in the host library's bookkeeping follows the geometry, as
             (module, attribute, value).
         wrapper: the object the user holds, if it is not ``model``.
+        about: what the library's folder found and keeps for its other verbs; nobody else reads it.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Subject:
     path: str = ""
     finish: Callable[[Geometry], list[tuple[nn.Module, str, Any]]] | None = None
     wrapper: nn.Module | None = None
+    about: Any = None
 
     @property
     def part(self) -> nn.Module:

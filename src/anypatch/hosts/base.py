@@ -1,38 +1,159 @@
-"""The small protocol that one file per host library fulfils."""
+"""The host contract: what one folder per host library provides, and the defaults that refuse by name.
+
+A host is a folder and one line in :mod:`anypatch.hosts`. Its verbs are plain functions in the folder's rooms; a verb
+is looked for in its own room first and in ``model.py`` after it, so that a small host may be one file:
+
+=========  ============================================  ==========================================================
+part       verbs                                         used by
+=========  ============================================  ==========================================================
+Model      ``recognises``, ``subject``, ``example``      ``adapt``, ``check``, ``inspect``, ``at``; required
+Files      ``load``, ``save``, ``names_folder``,         ``load``, ``save``, ``convert``
+           ``candidates``, ``fit``, ``open_folder``
+Images     ``preprocess``, ``features``, ``classes``,    ``sweep``, ``view``, ``tune``
+           ``tokenize``
+=========  ============================================  ==========================================================
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from anypatch.core.geometry import Geometry, Size
+from anypatch.core.geometry import Size
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 
+if TYPE_CHECKING:
+    from anypatch.hosts.images import Classes, Features, Preprocess
 
-class HostLibrary(Protocol):
-    """What ``anypatch.libraries.timm`` and its neighbours provide, as module-level functions."""
+# Which room of a host's folder a verb is in; ``model.py`` where there is no such room.
+ROOMS = {
+    "example": "feeding",
+    **dict.fromkeys(("load", "save", "names_folder", "candidates", "fit", "open_folder"), "files"),
+    **dict.fromkeys(("preprocess", "features", "classes", "tokenize"), "images"),
+}
+MODEL = "model"
 
-    NAME: str
+
+@dataclass(frozen=True)
+class Host:
+    """One host library, its folder opened only when a verb of it is used.
+
+    Args:
+        name: as :attr:`anypatch.Geometry.library` says it.
+        prefix: of sources, ``prefix:NAME``; the name if it is empty.
+        package: the folder; ``anypatch.hosts.NAME`` if it is empty.
+    """
+
+    name: str
+    prefix: str = ""
+    package: str = ""
+
+    def has(self, verb: str) -> bool:
+        """Whether the host's folder has a verb."""
+        return self._find(verb) is not None
+
+    # -- Model -------------------------------------------------------------------------------------------------
 
     def recognises(self, model: nn.Module) -> bool:
         """Whether ``model`` is this library's, decided without importing the library."""
+        return self._verb("recognises")(model)
 
     def subject(self, model: nn.Module) -> Subject:
-        """Describe a live model: its geometry and how to build an empty twin of it."""
+        """Describe a live model: its geometry and how to build an empty twin of it.
 
-    def example(self, model: nn.Module, geometry: Geometry) -> Example:
+        Raises:
+            UnsupportedModelError: it has no patch embedding; the message names the layer and why.
+        """
+        return self._verb("subject")(model)
+
+    def example(self, subject: Subject) -> Example:
         """What to feed the model to prove an adaptation."""
+        return self._verb("example")(subject)
+
+    # -- Files -------------------------------------------------------------------------------------------------
 
     def load(self, name: str, **host_kwargs: Any) -> nn.Module:
-        """Load a pretrained model by the library's own loader."""
+        """Load a pretrained model by the library's own loader, from its hub or from a directory in its format."""
+        return self._verb("load")(name, **host_kwargs)
 
-    def save(self, model: nn.Module, directory: Path, **extras: Any) -> None:
-        """Write the library's own format."""
+    def save(self, model: nn.Module, folder: Path, **extras: Any) -> None:
+        """Write the library's own format, which loads there without anypatch."""
+        self._verb("save")(model, folder, **extras)
+
+    def names_folder(self, path: Path) -> str | None:
+        """The name that ``load`` takes for a directory in this library's format; ``None`` for any other."""
+        return self._verb("names_folder")(path) if self.has("names_folder") else None
+
+    def candidates(self, checkpoint: Any) -> Iterable[str]:
+        """The library's architectures, without the prefix, that hold exactly a file's tensors, the likeliest first."""
+        return self._verb("candidates")(checkpoint)
+
+    def fit(self, name: str, checkpoint: Any, **host_kwargs: Any) -> nn.Module:
+        """The architecture ``name`` with a file's tensors, at the geometry that they were trained at."""
+        return self._verb("fit")(name, checkpoint, **host_kwargs)
+
+    def open_folder(self, path: Path, **options: Any) -> Any:
+        """A directory in this library's format as an empty model, with the texts of its configurations at a plan."""
+        return self._verb("open_folder")(path, **options)
+
+    # -- Images ------------------------------------------------------------------------------------------------
+
+    def preprocess(self, subject: Subject, source: str | None = None) -> Preprocess:
+        """How the library turns an image into the model's input.
+
+        Args:
+            subject: the model.
+            source: where it was loaded from, which for some libraries is the only place that says.
+        """
+        return self._verb("preprocess")(subject, source)
+
+    def features(self, subject: Subject, pixels: Tensor) -> Features:
+        """What the model says of normalised pixels (n, channels, height, width)."""
+        return self._verb("features")(subject, pixels)
+
+    def classes(self, subject: Subject) -> Classes:
+        """What the model's own classifier tells apart; no outputs where it has none."""
+        return self._verb("classes")(subject)
+
+    def tokenize(self, subject: Subject, texts: Sequence[str], source: str | None = None) -> Callable[[], Tensor]:
+        """Texts as the model's text tower takes them: a call that returns one vector each."""
+        return self._verb("tokenize")(subject, texts, source)
+
+    # -- finding a verb ----------------------------------------------------------------------------------------
+
+    def _verb(self, verb: str) -> Callable[..., Any]:
+        found = self._find(verb)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.name} models have no {verb} in anypatch: the {self.name} host does without "
+                f"{ROOMS.get(verb, MODEL)}.{verb}"
+            )
+        return found
+
+    def _find(self, verb: str) -> Callable[..., Any] | None:
+        for room in dict.fromkeys((ROOMS.get(verb, MODEL), MODEL)):
+            module = self._room(room)
+            if module is not None and hasattr(module, verb):
+                return getattr(module, verb)
+        return None
+
+    def _room(self, room: str) -> ModuleType | None:
+        name = f"{self.package or f'anypatch.hosts.{self.name}'}.{room}"
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:  # a room that is there and needs something that is not
+                raise
+            return None
 
 
 class Example:

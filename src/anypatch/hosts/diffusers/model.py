@@ -88,7 +88,8 @@ def _build(model: nn.Module, geometry: Geometry, current: Geometry) -> nn.Module
         ) from error
 
 
-def example(model: nn.Module, geometry: Geometry) -> Example:
+def example(subject: Subject) -> Example:
+    model, geometry = subject.model, subject.geometry
     config = _config(model)
     image = geometry.image_size or tuple(GRID * p for p in geometry.patch_size)
     if type(model).__name__ != "HunyuanVideo15Transformer3DModel":

@@ -189,10 +189,11 @@ def _pool_size(pool: nn.Module, current: Geometry, target: Geometry) -> Size:
 # -- examples, loading -----------------------------------------------------------------------------------------
 
 
-def example(model: nn.Module, geometry: Geometry) -> Example:
+def example(subject: Subject) -> Example:
+    model, geometry = subject.model, subject.geometry
     _, tower = _tower(model)
     if _is(tower, "TimmModel"):
-        inner = trunks.example(tower.get_submodule("trunk"), geometry)
+        inner = trunks.example_at(tower.get_submodule("trunk"), geometry)
         if any(unit > 1 for unit in inner.unit):  # behind a backbone
             return Example(inner.shape, lambda m, x: inner.call(_tower(m)[1].get_submodule("trunk"), x), inner.unit)
         return Example(inner.shape, _encode)

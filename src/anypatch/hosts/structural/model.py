@@ -35,10 +35,9 @@ from anypatch.core.roles import MAX_EXTRA, Facts
 from anypatch.core.tables import Sampling, resample_grid, resample_tokens
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
-from anypatch.hosts.base import Example, class_tokens
+from anypatch.hosts.base import Example, Host, class_tokens
 
 NAME = "generic"
-HOSTS = ("open_clip", "timm", "transformers", "torchvision")
 
 POSITION = re.compile(r"pos(ition)?(al)?s?_?(embed|emb|enc|table)|^pos$|^position(s|al)?$", re.I)
 ROTARY = re.compile(r"rope|rotary|freq", re.I)
@@ -114,30 +113,30 @@ def subject(model: nn.Module) -> Subject:
 
 def _held(model: nn.Module) -> Subject | None:
     """The one host library's model inside ``model``, described by that library's file."""
-    from anypatch.hosts import library
+    from anypatch.hosts import HOSTS
 
-    hosts = [library(name) for name in HOSTS]
-    found: list[tuple[str, Subject]] = []
+    hosts = [host for host in HOSTS if host.name != NAME]
+    found: list[tuple[str, Host, Subject]] = []
     for path, module in model.named_modules():
-        if not path or any(path.startswith(f"{p}.") for p, _ in found):
+        if not path or any(path.startswith(f"{p}.") for p, *_ in found):
             continue
         for host in hosts:
             if host.recognises(module):
                 try:
-                    found.append((path, host.subject(module)))
+                    found.append((path, host, host.subject(module)))
                 except UnsupportedModelError:
                     continue
                 break
     if not found:
         return None
     if len(found) > 1:
-        paths = ", ".join(path for path, _ in found)
+        paths = ", ".join(path for path, *_ in found)
         raise UnsupportedModelError(
             f"{type(model).__name__} holds {len(found)} models with a patch embedding ({paths}): adapt each on its own"
         )
-    ((path, inner),) = found
+    ((path, host, inner),) = found
     whole = f"{path}.{inner.path}" if inner.path else path
-    return replace(inner, model=model, path=whole)
+    return replace(inner, model=model, path=whole, about=(host, inner))
 
 
 # -- the structural rule ---------------------------------------------------------------------------------------
@@ -749,18 +748,12 @@ def _may_span(owner: nn.Module, name: str, tensor: Tensor) -> set[int]:
 # -- examples, loading, saving ---------------------------------------------------------------------------------
 
 
-def example(model: nn.Module, geometry: Geometry) -> Example:
+def example(subject: Subject) -> Example:
+    model, geometry = subject.model, subject.geometry
     held = _held(model)
     if held is not None:
-        from anypatch.hosts import recognise
-
-        inner = model.get_submodule(held.path)
-        while True:  # the library's file knows the model by its outermost module
-            try:
-                return Example(recognise(inner).example(inner, geometry).shape, _call)
-            except UnsupportedModelError:
-                held = replace(held, path=held.path.rpartition(".")[0])
-                inner = model.get_submodule(held.path)
+        host, inner = held.about
+        return Example(host.example(inner).shape, _call)
     layout = _layout(model)
     conv: Any = model.get_submodule(layout.stem)
     size = geometry.image_size

@@ -504,7 +504,12 @@ def _bookkeeping(model: Any, geometry: Geometry) -> list[tuple[nn.Module, str, A
 # -- inputs for the proof --------------------------------------------------------------------------------------
 
 
-def example(model: Any, geometry: Geometry) -> Example:
+def example(subject: Subject) -> Example:
+    return example_at(subject.model, subject.geometry)
+
+
+def example_at(model: Any, geometry: Geometry) -> Example:
+    """What to feed a model that stands alone or as the tower of another library's."""
     core = _core(model)
     assert geometry.image_size is not None
     if _backbone(core) is not None and not isinstance(core.patch_embed.proj, nn.Identity):

@@ -152,7 +152,8 @@ def _arguments(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     return arguments, classes
 
 
-def example(model: nn.Module, geometry: Geometry) -> Example:
+def example(subject: Subject) -> Example:
+    model, geometry = subject.model, subject.geometry
     size = geometry.image_size
     if size is None:  # any size: two windows and a bit, so that shifting and padding happen
         m: Any = model

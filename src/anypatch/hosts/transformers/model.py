@@ -614,7 +614,8 @@ KNOWN = {"pixel_values", "pixel_values_videos", "pixel_values_images", "image_si
          "merge_sizes", "hidden_states", "bool_masked_pos", INDEXED, *GRIDS, *MASKS, *WORDS}  # fmt: skip
 
 
-def example(model: nn.Module, geometry: Geometry) -> Example:
+def example(subject: Subject) -> Example:
+    model, geometry = subject.model, subject.geometry
     config = _parts(model)[0].config
     kind = str(config.model_type)
     channels = _channels(config)
@@ -622,7 +623,7 @@ def example(model: nn.Module, geometry: Geometry) -> Example:
     image = geometry.image_size or tuple(p if video and i == 0 else GRID * p for i, p in enumerate(geometry.patch_size))
     towers = _timm_models(model)
     if towers:
-        inner = trunks.example(towers[0], geometry)
+        inner = trunks.example_at(towers[0], geometry)
         if not _parts(model)[0].path or any(unit > 1 for unit in inner.unit):  # the wrapper alone, or behind a backbone
             return Example(inner.shape, lambda m, x: inner.call(_timm_models(m)[0], x), inner.unit)
         channels = inner.shape[1]

@@ -1,0 +1,1 @@
+"""A host library of the tests: the Model part alone."""

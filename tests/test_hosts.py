@@ -1,0 +1,102 @@
+"""The host contract: what a folder with the Model part alone gives, and that everything else refuses by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import anypatch
+from anypatch import UnsupportedModelError, hosts
+from anypatch.hosts.base import Host
+from anypatch.inspection import inspect
+from dummy_host.model import Tiny
+
+DUMMY = Host("dummy", package="dummy_host")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(hosts, "HOSTS", (DUMMY, *hosts.HOSTS))
+    return DUMMY
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_model_part_alone_adapts_checks_and_inspects() -> None:
+    torch.manual_seed(0)
+    model = Tiny()
+    assert anypatch.geometry(model).library == "dummy"
+    assert anypatch.check(model, 8).passed
+    found = inspect(model)
+    assert (found.class_name, found.embedding) == ("Tiny", "patch projection (h w c)")
+    assert found.positions.startswith("absolute positions")
+    pixels = torch.randn(1, 3, 16, 16)
+    wanted = model(pixels)
+    anypatch.adapt(model, 8, keep="grid", kernel=anypatch.Pi("nearest"))
+    assert (model.side, model.image) == (8, 32)
+    torch.testing.assert_close(model(pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)), wanted)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_model_that_holds_the_hosts_is_adapted_too() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Tiny()
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.backbone(pixels).mean(1)
+
+    model = Holder()
+    assert anypatch.check(model, 8).passed
+    anypatch.adapt(model, 8)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 8)
+
+
+def test_every_other_verb_refuses_by_host_and_verb(registered: Host, tmp_path: Path) -> None:
+    subject = registered.subject(Tiny())
+    calls: dict[str, Any] = {
+        "load": lambda: registered.load("x"),
+        "save": lambda: registered.save(Tiny(), tmp_path),
+        "candidates": lambda: registered.candidates(None),
+        "fit": lambda: registered.fit("x", None),
+        "open_folder": lambda: registered.open_folder(tmp_path),
+        "preprocess": lambda: registered.preprocess(subject),
+        "features": lambda: registered.features(subject, torch.zeros(1, 3, 16, 16)),
+        "classes": lambda: registered.classes(subject),
+        "tokenize": lambda: registered.tokenize(subject, ["a"]),
+    }
+    for verb, call in calls.items():
+        with pytest.raises(UnsupportedModelError, match=rf"\bdummy\b.*\b{verb}\b"):
+            call()
+    assert registered.names_folder(tmp_path) is None
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_public_verbs_refuse_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"\bdummy\b.*\bsave\b"):
+        anypatch.save(Tiny(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_room_that_needs_something_missing_is_not_taken_for_absent(tmp_path: Path, monkeypatch: Any) -> None:
+    package = tmp_path / "broken_host"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "files.py").write_text("import a_library_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
+        Host("broken", package="broken_host").load("x")
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers", "open_clip", "torchvision", "diffusers", "generic"])
+def test_every_host_has_the_model_part(name: str) -> None:
+    assert all(hosts.library(name).has(verb) for verb in ("recognises", "subject", "example", "load", "save"))
+
+
+def test_prefixes() -> None:
+    names = {prefix: host.name for prefix in ("timm", "hub", "generic", "x") if (host := hosts.by_prefix(prefix))}
+    assert names == {"timm": "timm", "hub": "generic"}
