@@ -37,7 +37,7 @@ TRAINING = (
     "lomiri-wallpapers-20.04",
     "gnome-backgrounds",
 )
-TESTING = ("mate-backgrounds",)
+TESTING = ("mate-backgrounds/usr/share/backgrounds/mate/nature",)  # the package's other folders are drawings
 # A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
 CLASSES = {
     "birds": ("animals/birds",),
@@ -76,11 +76,16 @@ def fetch(package: str) -> Path:
     return target
 
 
-def backgrounds(packages: Sequence[str] = TRAINING) -> list[Path]:
-    """Wallpapers of at least 640 pixels, one file for each picture (packages hold many sizes of one), sorted."""
+def backgrounds(folders: Sequence[str] = TRAINING) -> list[Path]:
+    """Wallpapers of at least 640 pixels, one file for each picture (packages hold many sizes of one), sorted.
+
+    Args:
+        folders: packages, or folders inside them.
+    """
     found: dict[tuple[str, ...], Path] = {}
-    for package in packages:
-        for path in sorted(fetch(package).rglob("*")):
+    for folder in folders:
+        package, _, inside = folder.partition("/")
+        for path in sorted((fetch(package) / inside).rglob("*")):
             if path.suffix.lower() not in SUFFIXES or path.is_symlink() or path.stem == "screenshot":
                 continue
             with Image.open(path) as image:
