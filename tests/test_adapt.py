@@ -18,6 +18,8 @@ from transformers import ViTConfig, ViTModel
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
+from anypatch.adaptation import make_plan
+from anypatch.core import plan as plans
 from anypatch.core import twins
 from anypatch.core.empty import empty
 
@@ -372,14 +374,14 @@ def test_an_error_at_any_step_puts_everything_back(kind: str, monkeypatch: pytes
     model(torch.randn(1, 3, 56, 56)).sum().backward()
     before = snapshot(model)
     gradient = model.patch_embed.proj.weight.grad.clone()
-    plan = anypatch.adapt.__globals__["make_plan"](model, 28)
-    broken = nn.Linear(2, 2)
+    plan = make_plan(model, 28)
+    assert plan is not None
     if kind == "parameters":
-        plan._data[id(broken)] = (nn.Parameter(torch.zeros(2)), None)  # assigning None as data raises
+        plan.steps.append(plans.SetParameter(nn.Parameter(torch.zeros(2)), None, None))  # assigning None as data raises
     elif kind == "buffers":
-        plan._buffers.append((None, "x", None, True))
+        plan.steps.append(plans.SetBuffer(None, "x", None, True))
     else:
-        plan._attributes.append((None, "x", 1))
+        plan.steps.append(plans.SetAttribute(None, "x", 1))
     with pytest.raises((TypeError, AttributeError)):
         plan.apply()
     assert snapshot(model) == before
@@ -448,7 +450,7 @@ def test_modules_that_are_replaced_keep_the_training_mode() -> None:
 
     live = Stem(16, 64).train()
     subject = twins.Subject(live, Geometry((16, 16), (64, 64)), lambda g: Stem(g.patch_size[0], g.image_size[0]).eval())
-    twins.Plan(subject, Geometry((32, 32), (64, 64)), as_method("pi")).apply()
+    plans.make(subject, Geometry((32, 32), (64, 64)), as_method("pi")).apply()
     assert isinstance(live.pool, nn.Dropout)
     assert live.pool.training
     assert live.proj.weight.shape == (4, 3, 32, 32)
@@ -463,17 +465,17 @@ def test_stale_caches_are_dropped() -> None:
     """A tensor that the library computed on first use at the old geometry must not be used at the new one."""
     model = vit()
     model.patch_embed.cached = None
-    twin_build = twins.Plan._twins
+    twin_build = plans.build_twins
 
-    def with_cache(plan: Any) -> Any:
-        pair = twin_build(plan)
-        for twin in pair:
+    def with_cache(*args: Any) -> Any:
+        pair = twin_build(*args)
+        for twin in (pair.old, pair.new):
             twin.patch_embed.cached = None
         return pair
 
     model.patch_embed.cached = torch.ones(3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twins.Plan, "_twins", with_cache)
+        patch.setattr(plans, "build_twins", with_cache)
         anypatch.adapt(model, 32)
     assert model.patch_embed.cached is None
 

@@ -14,8 +14,8 @@ import anypatch
 from anypatch import GeometryError
 from anypatch.core import kernels as resize
 from anypatch.core import tables as positions
-from anypatch.core import twins
 from anypatch.core.kernels import Pi
+from anypatch.core.plan import Plan
 from anypatch.proof import enlarge, randomise
 
 
@@ -61,16 +61,16 @@ def test_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
 def test_fails_when_a_buffer_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1, num_classes=0)
     assert anypatch.check(model, 28).passed
-    original = twins.Plan.apply
+    original = Plan.apply
 
-    def forgetful(plan: twins.Plan) -> None:
+    def forgetful(plan: Plan) -> None:
         original(plan)
         for module in plan.subject.part.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[name] = buffer * 1.01
 
-    monkeypatch.setattr(twins.Plan, "apply", forgetful)
+    monkeypatch.setattr(Plan, "apply", forgetful)
     assert not anypatch.check(model, 28).passed
 
 

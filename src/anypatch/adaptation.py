@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
+from anypatch.core import plan as plans
+from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Geometry, Keep, SizeLike, target_geometry
 from anypatch.core.kernels import as_method
+from anypatch.core.plan import Plan
 from anypatch.core.tables import ANTIALIASED, PositionsLike
-from anypatch.core.twins import Plan, Subject
+from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError
 from anypatch.hosts import recognise
 from anypatch.hosts.base import Host
@@ -71,7 +74,7 @@ def make_plan(
     target = target_geometry(subject.geometry, patch_size, image_size, keep)
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
-    return Plan(subject, target, method, subject.facts.sampling if positions == "host" else ANTIALIASED)
+    return plans.make(subject, target, method, subject.facts.sampling if positions == "host" else ANTIALIASED)
 
 
 def geometry(model: nn.Module) -> Geometry:
@@ -92,17 +95,3 @@ def describe(model: nn.Module) -> Subject:
 def host(model: nn.Module) -> Host:
     """The host library of a model, wrappers taken off."""
     return recognise(unwrap(model))
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Take off ``torch.compile``, DataParallel and PEFT wrappers."""
-    while isinstance(model, nn.Module):
-        inner = model._modules.get("_orig_mod")
-        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
-            inner = model._modules.get("module")
-        if inner is None and type(model).__module__.split(".")[0] == "peft" and hasattr(model, "get_base_model"):
-            inner = cast(Any, model).get_base_model()
-        if inner is None or inner is model:
-            return model
-        model = inner
-    return model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from anypatch.adaptation import make_plan
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
-from anypatch.core.twins import Plan
+from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import shards as streaming
 from anypatch.files.reading import (

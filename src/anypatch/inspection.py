@@ -9,7 +9,7 @@ from torch import nn
 
 from anypatch.adaptation import describe, make_plan
 from anypatch.core.geometry import Geometry, Keep, SizeLike
-from anypatch.core.twins import Change
+from anypatch.core.plan import Change
 from anypatch.errors import AnypatchError
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from anypatch import hosts as libraries
-from anypatch.adaptation import adapt, host, unwrap
+from anypatch.adaptation import adapt, host
+from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import CheckpointError, UnsupportedModelError

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anypatch.adaptation import geometry, unwrap
+from anypatch.adaptation import geometry
+from anypatch.core.adapters import unwrap
 from anypatch.errors import UnsupportedModelError
 
 

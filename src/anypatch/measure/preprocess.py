@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.adaptation import geometry, unwrap
+from anypatch.adaptation import geometry
+from anypatch.core.adapters import unwrap
 from anypatch.errors import UnsupportedModelError
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from anypatch import __version__
-from anypatch.adaptation import adapt, geometry, make_plan, unwrap
+from anypatch.adaptation import adapt, geometry, make_plan
+from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Geometry, Keep, SizeLike, target_geometry
 from anypatch.errors import AnypatchError, DataError, GeometryError, UnsupportedModelError
 from anypatch.measure.accuracy import (

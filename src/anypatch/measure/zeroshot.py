@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from anypatch.adaptation import geometry, unwrap
+from anypatch.adaptation import geometry
+from anypatch.core.adapters import unwrap
 from anypatch.errors import DataError
 
 PROMPT = "a photo of a {}."

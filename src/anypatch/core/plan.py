@@ -1,0 +1,379 @@
+"""The edits that a new geometry needs, bound to a live model and applied as one transaction."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anypatch.core import adapters
+from anypatch.core.attributes import MISSING, Merger, like
+from anypatch.core.diff import (
+    BOOKKEEPING,
+    AttributeEdit,
+    BufferEdit,
+    CacheEdit,
+    Edit,
+    ModuleEdit,
+    ParameterEdit,
+    diff,
+)
+from anypatch.core.geometry import Geometry
+from anypatch.core.roles import Case, Role, role_of
+from anypatch.core.tables import ANTIALIASED, Sampling
+from anypatch.core.twins import Subject, build_twins
+from anypatch.errors import UnsupportedModelError
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One line of a plan, for people: what changes, from what to what, and in which role."""
+
+    name: str
+    role: str
+    old: Any
+    new: Any
+
+
+# -- steps: single changes of a live model, each of which knows its way back -------------------------------------
+
+
+@dataclass
+class SetModule:
+    parent: nn.Module
+    name: str
+    child: nn.Module | None
+
+    def apply(self) -> Undo:
+        undo = _restore(self.parent._modules, self.name)
+        if self.child is None:
+            del self.parent._modules[self.name]
+        else:
+            self.parent._modules[self.name] = self.child
+        return undo
+
+
+@dataclass
+class SetParameter:
+    """New data for a parameter, which stays the same object."""
+
+    parameter: nn.Parameter
+    data: Tensor
+    role: Role
+
+    def apply(self) -> Undo:
+        parameter, data, grad = self.parameter, self.parameter.data, self.parameter.grad
+
+        def undo() -> None:
+            parameter.grad = None
+            parameter.data = data
+            parameter.grad = grad
+
+        parameter.grad = None
+        try:
+            parameter.data = self.data
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+
+@dataclass
+class SetBuffer:
+    module: nn.Module
+    name: str
+    value: Tensor | None
+    persistent: bool
+    role: Role | None = None  # how a trained value was resampled; None for one that the library computes
+
+    def apply(self) -> Undo:
+        buffers, hidden = self.module._buffers, self.module._non_persistent_buffers_set
+        restore, added = _restore(buffers, self.name), not self.persistent and self.name not in hidden
+
+        def undo() -> None:
+            restore()
+            if added:
+                hidden.discard(self.name)
+
+        buffers[self.name] = self.value
+        if added:
+            hidden.add(self.name)
+        return undo
+
+
+@dataclass
+class SetAttribute:
+    module: nn.Module
+    name: str
+    value: Any
+
+    def apply(self) -> Undo:
+        undo = _restore(vars(self.module), self.name)
+        if self.value is MISSING:
+            vars(self.module).pop(self.name, None)
+        else:
+            vars(self.module)[self.name] = self.value
+        return undo
+
+
+Step = SetModule | SetParameter | SetBuffer | SetAttribute
+
+
+def _restore(mapping: dict[str, Any], name: str) -> Undo:
+    if name not in mapping:
+        return lambda: mapping.pop(name, None)
+    value = mapping[name]
+    return lambda: mapping.__setitem__(name, value)
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """Everything that has to change in a live model, computed before anything is changed.
+
+    Attributes:
+        subject: the live model.
+        target: the geometry it will have.
+        changes: what changes, for people.
+        steps: what changes, for the machine, in the order of application.
+    """
+
+    subject: Subject
+    target: Geometry
+    changes: list[Change] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def apply(self) -> None:
+        """Change the live model; on any error, put everything back and raise."""
+        undo: list[Undo] = []
+        try:
+            for step in self.steps:
+                undo.append(step.apply())
+        except BaseException:
+            for back in reversed(undo):
+                back()
+            raise
+
+    def state_changes(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """For each tensor of the model's state dict that changes: a function from its present value to the new.
+
+        With these a file can be converted that holds the state of ``subject.model``, itself empty.
+        """
+        model = self.subject.model
+        roles = {id(s.parameter): s.role for s in self.steps if isinstance(s, SetParameter)}
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in roles:
+                found[name] = roles[id(parameter)].apply
+        paths = {id(module): path for path, module in model.named_modules()}
+        for step in self.steps:
+            if not isinstance(step, SetBuffer) or not step.persistent or step.value is None:
+                continue
+            path = paths.get(id(step.module))
+            if path is not None:
+                apply = step.role.apply if step.role is not None else functools.partial(like, step.value)
+                found[f"{path}.{step.name}" if path else step.name] = apply
+        return found
+
+
+def make(subject: Subject, target: Geometry, method: Any, sampling: Sampling = ANTIALIASED) -> Plan:
+    """The plan that brings ``subject`` to ``target``: its twins, their difference, bound to the live model.
+
+    Raises:
+        UnsupportedModelError: something in the model cannot follow; the message names it.
+        GeometryError: these sizes do not work for it.
+    """
+    edits = diff(build_twins(subject, target), method, sampling)
+    return _Binder(subject, target).bind(edits)
+
+
+class _Binder:
+    """Turns edits of the twins into steps on the live model, computing every new value."""
+
+    def __init__(self, subject: Subject, target: Geometry) -> None:
+        self.subject, self.target = subject, target
+        self.changes: list[Change] = []
+        self.modules: list[SetModule] = []
+        self.parameters: dict[int, SetParameter] = {}
+        self.buffers: list[SetBuffer] = []
+        self.attributes: list[SetAttribute] = []
+        self.merger = Merger()
+
+    def bind(self, edits: list[Edit]) -> Plan:
+        binders: dict[type[Edit], Callable[[Any, list[nn.Module]], None]] = {
+            ModuleEdit: self._module,
+            ParameterEdit: self._parameter,
+            BufferEdit: self._buffer,
+            AttributeEdit: self._attribute,
+            CacheEdit: self._cache,
+        }
+        lives: dict[str, list[nn.Module]] = {}
+        for edit in edits:
+            if isinstance(edit, ModuleEdit):
+                found = adapters.resolve(self.subject.part, edit.path)
+            elif edit.path in lives:
+                found = lives[edit.path]
+            else:
+                found = lives[edit.path] = adapters.resolve(self.subject.part, edit.path, edit.twin)
+            binders[type(edit)](edit, found)
+        self._require_projection_found()
+        self._follow_references()
+        if self.subject.finish is not None:
+            self.attributes += [SetAttribute(*entry) for entry in self.subject.finish(self.target)]
+        steps: list[Step] = [*self.modules, *self.parameters.values(), *self.buffers, *self.attributes]
+        return Plan(self.subject, self.target, self.changes, steps)
+
+    def _require_projection_found(self) -> None:
+        """The layer that the patch changes in the twins has to be there in the live model."""
+        a, b = self.subject.geometry, self.target
+        if a.patch_size == b.patch_size or any(c.role.startswith("patch projection") for c in self.changes):
+            return
+        raise UnsupportedModelError(
+            f"{type(self.subject.part).__name__} is not laid out as {a.library} builds it from its configuration: "
+            f"it has no layer in the place of the patch projection"
+        )
+
+    def _module(self, edit: ModuleEdit, parents: list[nn.Module]) -> None:
+        for parent in parents:
+            child = None if edit.after is None else copy.deepcopy(edit.after).train(parent.training)
+            self.modules.append(SetModule(parent, edit.name, child))
+            self.changes.append(Change(edit.full, "module", type(edit.twin).__name__, type(edit.after).__name__))
+
+    def _parameter(self, edit: ParameterEdit, lives: list[nn.Module]) -> None:
+        for live in lives:
+            parameter = live._parameters.get(edit.name)
+            if parameter is not None:
+                self._resample(edit.case, parameter)
+                continue
+            parametrizations = live._modules.get("parametrizations")
+            if parametrizations is not None and edit.name in parametrizations._modules:
+                raise UnsupportedModelError(f"{edit.full} is parametrized; remove the parametrization before adapting")
+
+    def _resample(self, case: Case, parameter: nn.Parameter) -> None:
+        if id(parameter) in self.parameters:
+            return  # tied
+        expected = tuple(parameter.shape[a] for a in case.axes) if parameter.ndim == len(case.old_shape) else None
+        if expected != tuple(case.old_shape[a] for a in case.axes):
+            case = _live_case(case, parameter)
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"{case.name} is stored as {parameter.dtype}: adapt the model before quantizing it"
+            )
+        role = role_of(case)
+        with torch.no_grad():
+            new = role.apply(parameter.detach())
+        self.parameters[id(parameter)] = SetParameter(parameter, new, role)
+        self.changes.append(Change(case.name, role.text, tuple(parameter.shape), tuple(new.shape)))
+
+    def _buffer(self, edit: BufferEdit, lives: list[nn.Module]) -> None:
+        a, b = edit.before, edit.after
+        for live in lives:
+            current = live._buffers.get(edit.name)
+            if b is None:
+                value = None
+            elif a is None or current is None:
+                value = like(b, _reference(live, self.subject.model, b))
+            elif _follows(current, a):
+                value = like(b, current)
+            elif edit.case is not None:  # a table that was trained or loaded, kept in a buffer
+                role = role_of(edit.case)
+                self.buffers.append(SetBuffer(live, edit.name, role.apply(current), edit.persistent, role))
+                self.changes.append(Change(edit.full, role.text, tuple(a.shape), tuple(b.shape)))
+                continue
+            elif a.shape != b.shape:
+                raise UnsupportedModelError(
+                    f"{edit.full} changes its number of axes: {tuple(a.shape)} -> {tuple(b.shape)}"
+                )
+            else:
+                continue  # its value does not come from the geometry (drawn at random, or loaded)
+            self.buffers.append(SetBuffer(live, edit.name, value, edit.persistent))
+            self.changes.append(Change(edit.full, "buffer", _brief(a), _brief(b)))
+
+    def _attribute(self, edit: AttributeEdit, lives: list[nn.Module]) -> None:
+        for live in lives:
+            value = self.merger.merge(vars(live).get(edit.name, MISSING), edit.before, edit.after)
+            self.attributes.append(SetAttribute(live, edit.name, value))
+        self.changes.append(Change(edit.full, "attribute", _brief(edit.before), _brief(edit.after)))
+
+    def _cache(self, edit: CacheEdit, lives: list[nn.Module]) -> None:
+        for live in lives:
+            if _is_cache(vars(live).get(edit.name), edit.initial):
+                self.attributes.append(SetAttribute(live, edit.name, copy.copy(edit.initial)))
+
+    def _follow_references(self) -> None:
+        """Point everything in the user's model at the new copies of shared objects, such as configs."""
+        if not self.merger.replacements:
+            return
+        done = {(id(step.module), step.name) for step in self.attributes}
+        root = self.subject.wrapper if self.subject.wrapper is not None else self.subject.model
+        for module in root.modules():
+            for name, value in list(vars(module).items()):
+                if name in BOOKKEEPING or (id(module), name) in done:
+                    continue
+                new = self.merger.substitute(value)
+                if new is not value:
+                    self.attributes.append(SetAttribute(module, name, new))
+
+
+def _live_case(case: Case, parameter: Tensor) -> Case:
+    """The case of a live tensor with another number of prefix tokens than the twin's."""
+    if parameter.ndim == len(case.old_shape) and len(case.axes) == 1:
+        (axis,) = case.axes
+        shift = parameter.shape[axis] - case.old_shape[axis]
+        new = list(case.new_shape)
+        new[axis] += shift
+        if -8 <= shift < 0 and new[axis] > 0:
+            return replace(case, old_shape=parameter.shape, new_shape=torch.Size(new))
+    raise UnsupportedModelError(
+        f"{case.name} has shape {tuple(parameter.shape)}, but a model of this configuration has "
+        f"{tuple(case.old_shape)}: the model was changed after it was built"
+    )
+
+
+def _follows(live: Tensor, old: Tensor) -> bool:
+    """Whether a live buffer is what the library computes for the present geometry."""
+    if live.shape != old.shape:
+        return False
+    if live.is_meta:
+        return True
+    reference = like(old, live)
+    if not live.is_floating_point():
+        return torch.equal(live, reference)
+    tolerance = 1e-6 if live.dtype in (torch.float32, torch.float64) else 2e-2
+    return torch.allclose(live.double(), reference.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _reference(module: nn.Module, model: nn.Module, new: Tensor) -> Tensor:
+    """A live tensor whose device and dtype a buffer that did not exist before takes."""
+    for source in (module, model):
+        for tensor in source.parameters():
+            if tensor.is_floating_point() or not new.is_floating_point():
+                return tensor
+    return new
+
+
+def _is_cache(live: Any, initial: Any) -> bool:
+    """Whether a live attribute holds tensors computed on first use, which a new geometry makes stale."""
+    if initial is None:
+        return isinstance(live, Tensor) and not isinstance(live, nn.Parameter)
+    if type(live) is type(initial):
+        values = live.values() if isinstance(live, dict) else live
+        return any(isinstance(v, Tensor) for v in values)
+    return False
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (int, float, str, tuple, list, type(None))) and len(repr(value)) < 80:
+        return value
+    return type(value).__name__
