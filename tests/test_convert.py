@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import anypatch
 from anypatch import CheckpointError, GeometryError, converting
+from anypatch.files import atomic
 from anypatch.files import shards as streaming
 from anypatch.files.reading import read_header
 
@@ -414,7 +416,7 @@ def test_what_replaces_something_is_on_the_disk_first(
     with pytest.raises(CheckpointError, match="the disk is broken"):
         anypatch.convert(source, target, patch_size=32)
     assert _contents(target) == before
-    assert not [p for p in tmp_path.iterdir() if streaming.MARK in p.name]
+    assert not [p for p in tmp_path.iterdir() if atomic.MARK in p.name]
 
 
 def _contents(path: Path) -> dict[str, bytes]:
@@ -437,13 +439,15 @@ def _slowly(source: Path, target: Path, patch: int, ready: int) -> None:
 
         setattr(owner, name, call)
 
-    for name in ("copy_range", "write_text", "copy_file", "_lock", "_put_directory"):
+    for name in ("copy_range", "write_text", "copy_file"):
         slow(streaming, name)
+    for name in ("_lock", "_put", "_exchange", "_settle"):
+        slow(atomic, name)
     slow(os, "fsync")
     slow(Path, "replace")
     slow(shutil, "rmtree")
-    original = streaming._clean
-    streaming._clean = lambda path: (os.write(ready, b"."), original(path))[1]
+    original = atomic._staged
+    atomic._staged = lambda *of: (os.write(ready, b"."), original(*of))[1]
     _convert_quickly(source, target, patch)
 
 
@@ -505,17 +509,27 @@ def test_debris_is_cleaned_but_not_what_another_run_writes(vit: Path, tmp_path: 
     room = tmp_path / "room"
     room.mkdir()
     target = room / "b.safetensors"
-    dead = room / f".b.safetensors{streaming.MARK}dead"
-    dead.write_bytes(b"half")
-    other = room / f".c.safetensors{streaming.MARK}dead"
-    other.write_bytes(b"of another target")
-    living = room / f".b.safetensors{streaming.MARK}living"
-    with living.open("wb") as file:
-        streaming._lock(file.fileno())
+
+    def stage(name: str, note: str = atomic.SAYS) -> Path:
+        place = room / f".{name}{atomic.MARK}{uuid.uuid4().hex}"
+        place.mkdir()
+        (place / atomic.NEW).write_bytes(b"half")
+        (place / atomic.NOTE).write_text(note)
+        return place
+
+    stage("b.safetensors")
+    (room / f".b.safetensors{atomic.MARK}{uuid.uuid4().hex}").mkdir()  # killed before it had its note
+    other, living = stage("c.safetensors"), stage("b.safetensors")
+    users = [stage("b.safetensors", note="mine"), room / f".b.safetensors{atomic.MARK}notes"]
+    users += [room / f".b.safetensors{atomic.MARK}{uuid.uuid4().hex}"]
+    for file in users[1:]:
+        file.write_text("a user's, that looks like debris")
+    with (living / atomic.NOTE).open("r+b") as file:
+        assert atomic._lock(file.fileno())
         anypatch.convert(vit, target, patch_size=32)
-        assert {p.name for p in room.iterdir()} == {target.name, other.name, living.name}
+        assert {*room.iterdir()} == {target, other, living, *users}
     anypatch.convert(vit, target, patch_size=32)
-    assert {p.name for p in room.iterdir()} == {target.name, other.name}
+    assert {*room.iterdir()} == {target, other, *users}
 
 
 def test_permissions_are_kept(vit: Path, tmp_path: Path) -> None:
@@ -554,18 +568,6 @@ def test_a_source_that_shrinks_while_it_is_read(vit: Path, tmp_path: Path) -> No
         pytest.raises(CheckpointError, match="cut off"),
     ):
         streaming.copy_range(source, 0, target, vit.stat().st_size + 1)
-
-
-def test_directories_are_exchanged_or_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for exchange in (True, False):
-        if not exchange:
-            monkeypatch.setattr(streaming, "_exchange", lambda a, b: False)
-        target = tmp_path / "d"
-        for text in ("one", "two"):
-            with streaming.replacing_directory(target, {"f"}) as place:
-                (place / "f").write_text(text)
-            assert (target / "f").read_text() == text
-        assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 def test_processor_sizes() -> None:

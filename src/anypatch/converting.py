@@ -22,6 +22,7 @@ from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.files import atomic
 from anypatch.files import shards as streaming
 from anypatch.files.reading import (
     TYPE_NAMES,
@@ -80,7 +81,7 @@ def convert_file(source: Path, target: Path, arch: tuple[str, dict[str, Any]] | 
         header = read_header(source)
         sizes = {n: tuple(t.shape) for n, t in changed.items()}
         total = sum(e.end - e.start for e in header.entries.values())
-        with _progress(target.name, total) as progress, streaming.replacing_file(target) as file:
+        with _progress(target.name, total) as progress, atomic.replacing_file(target) as file:
             streaming.write_safetensors(file, header, sizes, lambda n: tensor_bytes(changed[n]), progress)
         return
     _write_new(target, checkpoint, changed)
@@ -95,7 +96,7 @@ def _write_new(target: Path, checkpoint: Checkpoint, changed: Mapping[str, Tenso
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     described = {n: (TYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.dtype.itemsize) for n, t in ordered.items()}
     with _progress(target.name, sum(d[2] for d in described.values())) as progress:  # noqa: SIM117
-        with streaming.replacing_file(target) as file:
+        with atomic.replacing_file(target) as file:
             file.write(streaming.header_bytes(described, {"format": "pt"}))
             for tensor in ordered.values():
                 data = tensor_bytes(tensor)
@@ -192,11 +193,12 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
         )
     files = list(_other_files(source, {*texts, *headers}))
     names = {*texts, *headers, *(f.relative_to(source).parts[0] for f in files)}
+    _require_nothing_else(target, names)
     total = sum(h.file_size for h in headers.values()) + sum(f.stat().st_size for f in files)
     with (
         _progress(target.name, total) as progress,
-        streaming.replacing_directory(target, names) as place,
-        streaming.Flusher(target) as flusher,
+        atomic.replacing_directory(target) as place,
+        atomic.Flusher(target) as flusher,
     ):
         for shard, header in headers.items():
             mine = {name: value for name, value in values.items() if name in header.entries}
@@ -213,6 +215,18 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
             streaming.copy_file(path, copied, flusher, link, progress)
         for name, text in texts.items():
             streaming.write_text(place / name, text, flusher)
+
+
+def _require_nothing_else(target: Path, names: set[str]) -> None:
+    """``target`` becomes the source at another geometry: it may hold nothing that the source does not."""
+    if not target.is_dir():
+        return
+    atomic.recover(target)
+    others = sorted(entry.name for entry in target.iterdir() if entry.name not in names)
+    if others:
+        raise CheckpointError(
+            f"{target} holds other files ({', '.join(others[:5])}): choose another place, or remove them"
+        )
 
 
 Converted = tuple[dict[str, str], dict[str, Header], dict[str, Tensor]]

@@ -1,37 +1,21 @@
-"""Write files and directories so that a full disk, a kill or a read error leaves what was there before.
-
-Everything is written beside its target and renamed; what replaces something is flushed to the disk first. What a killed
-run left behind is cleaned by the next one: a running one holds a lock on what it writes, so debris is what nobody has
-locked.
-"""
+"""Copy bytes within the operating system, and write ``.safetensors`` files from others."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import json
 import os
-import shutil
 import stat
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from anypatch.errors import CheckpointError
+from anypatch.files.atomic import Flusher
 from anypatch.files.reading import BITS, Header
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked, so nothing is taken for debris
-    fcntl = None  # type: ignore[assignment]
 
 CHUNK = 8 << 20
 STEP = 256 << 20  # bytes copied between two signs of progress
-MARK = ".anypatch-"
-RENAME_EXCHANGE = 2
 NO_RANGES = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
 
 Progress = Callable[[int], None]
@@ -39,181 +23,6 @@ Progress = Callable[[int], None]
 
 def _silent(count: int) -> None:
     """No progress bar."""
-
-
-# -- replacing ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing_file(target: Path) -> Iterator[BinaryIO]:
-    """A file to write into, that becomes ``target`` when the block ends well, and disappears when it does not.
-
-    Raises:
-        CheckpointError: it cannot be written; ``target`` is what it was.
-    """
-    parent = _parent(target)
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a directory: name the file to write")
-    _clean(target)
-    path = parent / _temporary(target)
-    with _speaking_of(target):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
-        file = os.fdopen(descriptor, "r+b")
-        try:
-            _lock(descriptor)
-            with Flusher(target) as flusher:
-                yield file
-                flusher.add(file)
-            os.fchmod(descriptor, _mode(target))
-            path.replace(target)
-            _sync_directory(parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                file.close()
-
-
-@contextlib.contextmanager
-def replacing_directory(target: Path, names: set[str]) -> Iterator[Path]:
-    """A directory to write into, that becomes ``target`` when the block ends well.
-
-    Args:
-        target: where to; if it is there, it may hold nothing but ``names``.
-        names: what will be written.
-
-    Raises:
-        CheckpointError: it cannot be written, or ``target`` holds other files.
-    """
-    parent = _parent(target)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file: name a directory to write")
-    _clean(target)
-    if target.is_dir():
-        others = sorted(entry.name for entry in target.iterdir() if entry.name not in names)
-        if others:
-            raise CheckpointError(
-                f"{target} holds other files ({', '.join(others[:5])}): choose another place, or remove them"
-            )
-    path = parent / _temporary(target)
-    lock = -1
-    with _speaking_of(target):
-        path.mkdir(mode=0o700)
-        try:
-            lock = os.open(path, os.O_RDONLY)
-            _lock(lock)
-            yield path
-            path.chmod(stat.S_IMODE(target.stat().st_mode) if target.is_dir() else 0o777 & ~_umask())
-            os.fsync(lock)
-            _put_directory(path, target)
-            _sync_directory(parent)
-        finally:
-            if path.is_dir():  # not in place; or what was in the place
-                shutil.rmtree(path, ignore_errors=True)
-            if lock >= 0:
-                os.close(lock)
-
-
-def _parent(target: Path) -> Path:
-    parent = target.parent
-    if not parent.is_dir():
-        raise CheckpointError(f"cannot write {target}: there is no directory {parent}")
-    return parent
-
-
-@contextlib.contextmanager
-def _speaking_of(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; it is what it was") from error
-
-
-def _temporary(target: Path) -> str:
-    return f".{target.name[:150]}{MARK}{uuid.uuid4().hex}"
-
-
-def _lock(descriptor: int) -> None:
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _clean(target: Path) -> None:
-    """Remove what killed runs left beside ``target``."""
-    if fcntl is None:
-        return
-    prefix = f".{target.name[:150]}{MARK}"
-    try:
-        found = [entry for entry in target.parent.iterdir() if entry.name.startswith(prefix)]
-    except OSError:
-        return
-    for path in found:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        except OSError:
-            pass  # another run is writing it
-        finally:
-            os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _mode(target: Path) -> int:
-    """Permissions of the file that is replaced, or those of any new file."""
-    try:
-        return stat.S_IMODE(target.stat().st_mode)
-    except OSError:
-        return 0o666 & ~_umask()
-
-
-def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put_directory(path: Path, target: Path) -> None:
-    """Put a directory in place of another: at once where the system can, else by way of a second name."""
-    if not target.exists():
-        path.rename(target)
-        return
-    if _exchange(path, target):
-        return
-    aside = target.parent / _temporary(target)
-    target.rename(aside)
-    try:
-        path.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    here = -100  # AT_FDCWD
-    return bool(call(here, os.fsencode(a), here, os.fsencode(b), RENAME_EXCHANGE) == 0)
 
 
 # -- copying -----------------------------------------------------------------------------------------------
@@ -256,46 +65,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-class Flusher:
-    """Flushes files that are complete to the disk, in threads, while the next ones are written.
-
-    The block ends when all are flushed. Where nothing is replaced there is nothing to lose, and files are left to the
-    operating system's own time, as ``cp`` does.
-
-    Args:
-        replaced: what the files will replace.
-
-    Raises:
-        OSError: one could not be flushed, at the end of the block.
-    """
-
-    def __init__(self, replaced: Path) -> None:
-        self._needed = replaced.exists()
-        self._pool = ThreadPoolExecutor(2)
-        self._running: list[Future[None]] = []
-
-    def __enter__(self) -> Flusher:
-        return self
-
-    def add(self, file: IO[Any]) -> None:
-        """Flush a file, which may be closed meanwhile."""
-        file.flush()
-        if self._needed:
-            self._running.append(self._pool.submit(_flush, os.dup(file.fileno())))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True)
-        for flushed in self._running if kind is None else ():
-            flushed.result()
-
-
-def _flush(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def copy_file(source: Path, target: Path, flusher: Flusher, link: bool = False, progress: Progress = _silent) -> None:
