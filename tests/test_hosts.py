@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -13,6 +14,8 @@ import anypatch
 from anypatch import UnsupportedModelError, hosts
 from anypatch.hosts.base import Host
 from anypatch.inspection import inspect
+from anypatch.measure.features import Reader
+from anypatch.measure.preprocess import preprocess_of
 from dummy_host.model import Tiny
 
 DUMMY = Host("dummy", package="dummy_host")
@@ -80,6 +83,25 @@ def test_the_public_verbs_refuse_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"\bdummy\b.*\bsave\b"):
         anypatch.save(Tiny(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UnsupportedModelError, match=r"\bdummy\b.*\bpreprocess\b"):
+        anypatch.sweep(Tiny(), [8], cache=False)
+
+
+def test_a_module_that_holds_a_known_model_is_read_through_it() -> None:
+    """Features and preprocessing of a user's module are those of the library's model inside it."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = timm.create_model("vit_tiny_patch16_clip_224", img_size=32, depth=1)
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.backbone(pixels)
+
+    model, pixels = Holder(), torch.randn(2, 3, 32, 32)
+    tokens = model.backbone.forward_features(pixels)
+    assert preprocess_of(model).mean == tuple(model.backbone.pretrained_cfg["mean"])
+    torch.testing.assert_close(Reader(model)(pixels).patches, tokens[:, 1:].unflatten(1, (2, 2)))
 
 
 def test_a_room_that_needs_something_missing_is_not_taken_for_absent(tmp_path: Path, monkeypatch: Any) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from anypatch.hosts.images import Classes, Features, Preprocess
+    from anypatch.hosts.images import Classes, Encode, Features, Preprocess
 
 # Which room of a host's folder a verb is in; ``model.py`` where there is no such room.
 ROOMS = {
@@ -60,6 +60,16 @@ class Host:
     def has(self, verb: str) -> bool:
         """Whether the host's folder has a verb."""
         return self._find(verb) is not None
+
+    @property
+    def extra(self) -> str:
+        """What to install it with: ``pip install 'anypatch[EXTRA]'``."""
+        return self.name.replace("_", "-")
+
+    @property
+    def version(self) -> str:
+        """Of the library, where it is imported; empty for models that no library made."""
+        return str(getattr(sys.modules.get(self.name), "__version__", ""))
 
     # -- Model -------------------------------------------------------------------------------------------------
 
@@ -124,8 +134,8 @@ class Host:
         """What the model's own classifier tells apart; no outputs where it has none."""
         return self._verb("classes")(subject)
 
-    def tokenize(self, subject: Subject, texts: Sequence[str], source: str | None = None) -> Callable[[], Tensor]:
-        """Texts as the model's text tower takes them: a call that returns one vector each."""
+    def tokenize(self, subject: Subject, texts: Sequence[str], source: str | None = None) -> Encode:
+        """Texts as the model's text tower takes them: what gives one vector each, of any copy of the model."""
         return self._verb("tokenize")(subject, texts, source)
 
     # -- finding a verb ----------------------------------------------------------------------------------------

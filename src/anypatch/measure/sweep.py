@@ -25,6 +25,7 @@ from anypatch.adaptation import adapt, geometry, make_plan
 from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Geometry, Keep, SizeLike, target_geometry
 from anypatch.errors import AnypatchError, DataError, GeometryError, UnsupportedModelError
+from anypatch.hosts import library
 from anypatch.measure.accuracy import (
     Accuracy,
     fidelity,
@@ -732,7 +733,7 @@ def _writable(folder: str | Path) -> Path:
 def _settings(source: str | nn.Module, native: Geometry, job: _Job, keep: Keep) -> dict[str, Any]:
     device = job.team.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    library = importlib.import_module(native.library) if native.library != "generic" else None
+    version = library(native.library).version
     sets = {}
     for part, images in job.sets.items():
         sets[part] = {"name": images.name, "images": len(images), "classes": len(images.classes)}
@@ -755,7 +756,7 @@ def _settings(source: str | nn.Module, native: Geometry, job: _Job, keep: Keep) 
         "versions": {
             "anypatch": __version__,
             "torch": torch.__version__,
-            **({native.library: getattr(library, "__version__", "")} if library else {}),
+            **({native.library: version} if version else {}),
             "python": platform.python_version(),
         },
     }
