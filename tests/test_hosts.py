@@ -93,7 +93,9 @@ def test_a_module_that_holds_a_known_model_is_read_through_it() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = timm.create_model("vit_tiny_patch16_clip_224", img_size=32, depth=1)
+            self.backbone = timm.create_model(
+                "vit_base_patch16_clip_224", img_size=32, depth=1, embed_dim=32, num_heads=2
+            )
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return self.backbone(pixels)
