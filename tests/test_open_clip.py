@@ -312,7 +312,7 @@ def test_save_takes_the_tokenizer_from_a_name_or_from_load(tmp_path):
         json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text, "custom_text": True})
     )
     open_clip.add_model_config(folder)
-    loaded = anypatch.load("open_clip:anypatch-tiny", 16)
+    loaded = anypatch.load("open_clip:anypatch-tiny", 16, pretrained=False)
     assert loaded.visual.conv1.kernel_size == (16, 16)
     made = open_clip.create_model("anypatch-tiny")
     assert "hf_tokenizer_name" not in saved_config(made, tmp_path / "a")["text_cfg"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from anypatch.core import plan as plans
 from anypatch.core.adapters import unwrap
-from anypatch.core.geometry import Geometry, Keep, SizeLike, target_geometry
+from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike, target_geometry
 from anypatch.core.kernels import as_method
 from anypatch.core.plan import Plan
 from anypatch.core.tables import ANTIALIASED, PositionsLike
@@ -18,16 +18,18 @@ from anypatch.errors import GeometryError
 from anypatch.hosts import recognise
 from anypatch.hosts.base import Host
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def adapt(
-    model: nn.Module,
+    model: M,
     patch_size: SizeLike | None = None,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",
     positions: PositionsLike = "antialias",
-) -> nn.Module:
+) -> M:
     """Change the patch size or image size of a live model, in place.
 
     The model stays the same object, of the same class, with the same hooks, dtype, device, ``requires_grad``,
@@ -37,7 +39,10 @@ def adapt(
     Args:
         model: a live model of timm, transformers, open_clip, torchvision, or laid out like a ViT.
         patch_size: pixels, an int or (height, width); for video also (time, height, width).
-        image_size: pixels, likewise; without it ``keep`` decides.
+        image_size: pixels, likewise; without it ``keep`` decides. ``"nearest"`` is the size nearest to the model's own
+            that the patch divides, on each axis by itself; half way between two, the larger, as an image can be
+            enlarged to it without losing a pixel. It keeps the scale of things in the image; ``keep="grid"`` keeps the
+            number of tokens.
         keep: ``"image"`` keeps the image size and changes the grid; ``"grid"`` keeps the grid.
         kernel: how patch kernels are resized, as in :func:`anypatch.resize_kernel`.
         positions: how absolute position tables are resampled when the grid changes: ``"antialias"``, bicubic with
@@ -60,7 +65,7 @@ def adapt(
 def make_plan(
     model: nn.Module,
     patch_size: SizeLike | None = None,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",

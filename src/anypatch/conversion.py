@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from anypatch.core.geometry import Keep, SizeLike
+from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
@@ -94,7 +94,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     patch_size: SizeLike | None = None,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from anypatch.adaptation import describe, make_plan
-from anypatch.core.geometry import Geometry, Keep, SizeLike
+from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike
 from anypatch.core.plan import Change
 from anypatch.errors import AnypatchError
 
@@ -54,7 +54,7 @@ def _roles(model: nn.Module, patch: SizeLike | None, image: SizeLike | None, kee
 
 
 def changes_for(
-    model: nn.Module, patch_size: SizeLike | None, image_size: SizeLike | None, *, keep: Keep = "image"
+    model: nn.Module, patch_size: SizeLike | None, image_size: ImageSizeLike | None, *, keep: Keep = "image"
 ) -> list[Change]:
     """Every tensor, buffer and attribute that ``adapt`` would change. Errors are those of ``adapt``."""
     plan = make_plan(model, patch_size, image_size, keep=keep)

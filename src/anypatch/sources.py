@@ -3,38 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from anypatch import hosts as libraries
+from anypatch import hosts
 from anypatch.adaptation import adapt, host
 from anypatch.core.adapters import unwrap
-from anypatch.core.geometry import Keep, SizeLike
+from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
-from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
+from anypatch.hosts import door
+
+M = TypeVar("M", bound=nn.Module)
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
-PREFIXES = {
-    "timm": "timm",
-    "transformers": "transformers",
-    "open_clip": "open_clip",
-    "torchvision": "torchvision",
-    "hub": "generic",
-    "diffusers": "diffusers",
-}
 FORMS = (
     "timm:NAME, transformers:NAME_OR_DIR, open_clip:NAME/PRETRAINED, torchvision:NAME/WEIGHTS, hub:REPO:NAME, "
     "a directory one of them saved, or a checkpoint file (" + ", ".join(CHECKPOINT_SUFFIXES) + ")"
 )
 
 
+@overload
 def load(
     source: str | Path,
     patch_size: SizeLike | None = None,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
+    *,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
+    model_class: type[M],
+    **host_kwargs: Any,
+) -> M: ...
+
+
+@overload
+def load(
+    source: str | Path,
+    patch_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
+    *,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
+    **host_kwargs: Any,
+) -> nn.Module: ...
+
+
+def load(
+    source: str | Path,
+    patch_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     *,
     keep: Keep = "image",
     kernel: Any = "wiener",
@@ -43,19 +67,26 @@ def load(
 ) -> nn.Module:
     """Load a pretrained model with the library that made it, then adapt it.
 
+    >>> model = load("timm:test_vit", patch_size=8, pretrained=False)
+    >>> type(model).__name__, model.patch_embed.patch_size
+    ('VisionTransformer', (8, 8))
+
     Args:
         source: ``timm:NAME``, ``transformers:NAME_OR_DIR``, ``open_clip:NAME/PRETRAINED``,
             ``torchvision:NAME/WEIGHTS``, ``hub:REPO:NAME``, a directory in a host library's format, or a
             checkpoint file, with ``arch="timm:NAME"`` where the file does not tell.
         patch_size, image_size, keep, kernel, positions: as in :func:`anypatch.adapt`.
-        **host_kwargs: passed on to the host library's loader.
+        **host_kwargs: passed on to the host library's loader. For every library, ``pretrained=False`` builds the named
+            model with random weights, without downloading or reading any; for transformers and diffusers,
+            ``model_class=`` chooses the class.
 
     Returns:
         The host library's own model.
 
     Raises:
-        UnsupportedModelError: a source of no known form, or a model that cannot be adapted.
-        CheckpointError: the source cannot be read or is damaged.
+        UnsupportedModelError: a source of no known form, a model that cannot be adapted, a library that is not
+            installed, or an option that it does not take.
+        CheckpointError: the source does not exist, cannot be had, cannot be read or is damaged.
         GeometryError: sizes that do not fit.
     """
     model = _load(str(source), host_kwargs)
@@ -66,29 +97,62 @@ def load(
 
 def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
     prefix, _, name = source.partition(":")
-    if prefix in PREFIXES and name:
-        return _by_library(PREFIXES[prefix], name, host_kwargs)
-    path = Path(source)
+    library = hosts.by_prefix(prefix)
+    if library is not None and name:
+        return door.load(library, name, **host_kwargs)
+    path = Path(source).expanduser()
     if path.is_dir():
-        library, name = recognise_directory(path)
-        return _by_library(library, name, host_kwargs)
-    if source.endswith(CHECKPOINT_SUFFIXES):
+        folder, name = recognise_directory(path)
+        return door.load(hosts.library(folder), name, **host_kwargs)
+    if path.is_file() or source.endswith(CHECKPOINT_SUFFIXES):
         from anypatch.conversion import load_file
 
-        return load_file(path, **host_kwargs)
-    raise UnsupportedModelError(f"cannot tell where {source!r} comes from: use {FORMS}")
+        if host_kwargs.get("pretrained", True) is not True:
+            raise CheckpointError(f"{path} is a file of weights: leave out pretrained")
+        with door.speaking_for(str(host_kwargs.get("arch", "the host library")).partition(":")[0], str(path)):
+            return load_file(path, **{k: v for k, v in host_kwargs.items() if k != "pretrained"})
+    raise _no_source(source)
 
 
-def _by_library(library: str, name: str, host_kwargs: dict[str, Any]) -> nn.Module:
-    if "arch" in host_kwargs:
-        raise UnsupportedModelError(f"arch is for checkpoint files: {library}:{name} says itself what it is")
+def _no_source(source: str) -> AnypatchError:
+    """The error for a source that is nothing: what it looks like, and what was probably meant."""
+    prefix, colon, name = source.partition(":")
+    prefixes = [library.prefix or library.name for library in hosts.HOSTS]
+    if colon and "/" not in prefix and "\\" not in prefix and len(prefix) > 1:  # one letter is a drive
+        if prefix in prefixes:
+            return UnsupportedModelError(f"{source!r} names no model: use {FORMS}")
+        near = difflib.get_close_matches(prefix.lower().replace("-", "_"), prefixes, n=1)
+        meant = f"did you mean {near[0]}:{name}? Sources are" if near else "use"
+        return UnsupportedModelError(f"{source!r} has an unknown prefix {prefix!r}: {meant} {FORMS}")
+    if source.startswith((".", "~", os.sep)) or source.endswith(os.sep) or source.count("/") > 1:
+        return CheckpointError(f"{source} does not exist: no such file or directory")
+    meant = _meant(source)
+    if meant:
+        return UnsupportedModelError(f"{source!r} does not exist as a file or directory; did you mean {meant}?")
+    return UnsupportedModelError(f"{source!r} does not exist as a file or directory; a source is {FORMS}")
+
+
+def _meant(name: str) -> str:
+    """Sources that a bare name may stand for, the libraries' own names first, then those that are like it."""
+    if name.count("/") == 1:
+        owner, _, rest = name.partition("/")
+        known = [s for library in hosts.HOSTS for s in _names(library) if s.endswith(f":{owner}")]
+        return " or ".join(f"{s}/{rest}" for s in known) or f"transformers:{name}"
+    sources = [s for library in hosts.HOSTS for s in _names(library)]
+    bare = name.partition(".")[0]
+    exact = [s + name[len(bare) :] for s in sources if s.partition(":")[2] == bare]
+    if exact:
+        return " or ".join(exact[:3])
+    names = {s.partition(":")[2]: s for s in reversed(sources)}
+    # 0.75: a letter or two of a name mistyped; below that, names of another family begin to appear
+    return " or ".join(names[n] for n in difflib.get_close_matches(bare, names, n=3, cutoff=0.75))
+
+
+def _names(library: hosts.Host) -> list[str]:
     try:
-        return libraries.library(library).load(name, **host_kwargs)
-    except ImportError as error:
-        package = {"open_clip": "open-clip"}.get(library, library)
-        raise UnsupportedModelError(
-            f"loading from {library} needs it installed: pip install 'anypatch[{package}]' ({error})"
-        ) from error
+        return [f"{library.prefix or library.name}:{name}" for name in library.names()]
+    except ImportError:  # not installed
+        return []
 
 
 def recognise_directory(path: Path) -> tuple[str, str]:

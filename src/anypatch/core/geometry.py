@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from anypatch.errors import GeometryError
 
 Size = tuple[int, ...]
 SizeLike = int | Sequence[int]
+NEAREST = "nearest"
+ImageSizeLike = SizeLike | Literal["nearest"]
 Keep = Literal["image", "grid"]
 
 MAX_SIDE = 1 << 16  # pixels; anything above is a typing mistake, and would allocate gigabytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Geometry:
     """How a model cuts its input into patches.
+
+    >>> Geometry(patch_size=(14, 14), image_size=(518, 518), prefix_tokens=1, library="timm")
+    Geometry(patch_size=(14, 14), image_size=(518, 518), grid=(37, 37), prefix_tokens=1, library='timm')
 
     Sizes are ``(height, width)`` in pixels, or ``(time, height, width)`` with frames first for video.
 
@@ -38,6 +44,12 @@ class Geometry:
     kernel_size: Size | None = None
     explicit_grid: Size | None = None
 
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in ("patch_size", "image_size", "grid", "prefix_tokens", "library")}
+        if self.overlapping:
+            shown["kernel_size"] = self.kernel_size
+        return f"Geometry({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     @property
     def grid(self) -> Size | None:
         if self.explicit_grid is not None:
@@ -52,7 +64,7 @@ class Geometry:
         return self.kernel_size is not None and self.kernel_size != self.patch_size
 
 
-def as_size(value: SizeLike, axes: int, name: str, current: Size | None = None) -> Size:
+def as_size(value: SizeLike | str, axes: int, name: str, current: Size | None = None) -> Size:
     """``value`` as a tuple of ``axes`` positive ints.
 
     An int, or a (height, width) pair for video, leaves the time axis at ``current``.
@@ -60,10 +72,14 @@ def as_size(value: SizeLike, axes: int, name: str, current: Size | None = None) 
     Raises:
         GeometryError: not an int or a sequence of the right length, not positive, or absurdly large.
     """
-    form = "an int or a (height, width) pair" + (", or (time, height, width)" if axes == 3 else "")
+    form = (
+        "an int or a (height, width) pair"
+        + (f', or "{NEAREST}"' if name == "image_size" and isinstance(value, str) else "")
+        + (", or (time, height, width)" if axes == 3 else "")
+    )
     if isinstance(value, (str, bytes)) or (not isinstance(value, Sequence) and not hasattr(value, "__index__")):
         raise GeometryError(f"{name} must be {form}, got {value!r}")
-    items: Sequence[int] = value if isinstance(value, Sequence) else (value,) * 2
+    items: Sequence[Any] = value if isinstance(value, Sequence) else (value,) * 2
     try:
         if any(isinstance(item, bool) for item in items):
             raise TypeError
@@ -88,17 +104,63 @@ def show(size: Size | None) -> str:
     return "x".join(map(str, size))
 
 
+def parse_size(text: str, name: str) -> int | Size:
+    """A size that a person typed: ``16``, or sides with an x between them, rows first.
+
+    >>> parse_size("16", "--patch-size"), parse_size("16x32", "--patch-size")
+    (16, (16, 32))
+
+    Raises:
+        GeometryError: anything else; a comma, which lists sizes elsewhere, is answered with the x that was meant.
+    """
+    sides = text.strip().lower().split("x")
+    if 1 <= len(sides) <= 3 and all(re.fullmatch("[0-9]{1,9}", side) for side in sides):
+        size = tuple(map(int, sides))
+        return size[0] if len(size) == 1 else size
+    meant = "x".join(part.strip() for part in text.split(","))
+    if re.fullmatch("[0-9]+(x[0-9]+){1,2}", meant):
+        raise GeometryError(f"{name} takes one size, got {text!r}: a rectangle is {meant}, HEIGHTxWIDTH")
+    raise GeometryError(f"{name} must be a number of pixels such as 16, or HEIGHTxWIDTH such as 16x32, got {text!r}")
+
+
+def parse_sizes(text: str, name: str) -> list[int | Size]:
+    """Several sizes with commas between them: ``"8,14,16x32"`` is ``[8, 14, (16, 32)]``.
+
+    Raises:
+        GeometryError: a part that is no size.
+    """
+    try:
+        return [parse_size(part, name) for part in text.split(",")]
+    except GeometryError as error:
+        raise GeometryError(f"{name} takes sizes with commas, such as 8,14,16x32, got {text!r}") from error
+
+
+def parse_image_size(text: str, name: str) -> int | Size | Literal["nearest"]:
+    """A size, or the word ``nearest``.
+
+    Raises:
+        GeometryError: neither.
+    """
+    if text.strip().lower() == NEAREST:
+        return "nearest"
+    try:
+        return parse_size(text, name)
+    except GeometryError as error:
+        raise GeometryError(f'{error}; or "{NEAREST}", the nearest size that the patch divides') from None
+
+
 def target_geometry(
     current: Geometry,
     patch_size: SizeLike | None = None,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     keep: Keep = "image",
 ) -> Geometry:
     """The geometry that ``adapt`` is asked for.
 
     Args:
         current: the model's present geometry.
-        patch_size, image_size: as given by the user; ``None`` keeps it, as ``keep`` says.
+        patch_size, image_size: as given by the user; ``None`` keeps it, as ``keep`` says. ``image_size="nearest"``
+            is the size nearest to the present one that the patch divides, on each axis by itself.
         keep: without ``image_size``, ``"image"`` keeps the image size and ``"grid"`` keeps the grid.
 
     Raises:
@@ -111,8 +173,11 @@ def target_geometry(
     if patch_size is not None:
         patch = as_size(patch_size, axes, "patch_size", current.patch_size)
     kernel = scaled_kernel(current, patch)
-    if image_size is not None:
-        image: Size | None = as_size(image_size, axes, "image_size", current.image_size)
+    image: Size | None
+    if isinstance(image_size, str) and image_size == NEAREST:
+        image = None if current.image_size is None else nearest_image(current, patch, kernel)
+    elif image_size is not None:
+        image = as_size(image_size, axes, "image_size", current.image_size)
     elif current.image_size is None:
         image = None
     elif keep == "grid" and patch != current.patch_size:
@@ -130,6 +195,21 @@ def target_geometry(
         return replace(target, explicit_grid=grid)
     _require_divisible(image, patch, current, asked=image_size is not None)
     return target
+
+
+def nearest_image(current: Geometry, patch: Size, kernel: Size | None = None) -> Size:
+    """The image size nearest to the present one that holds whole patches, on each axis by itself.
+
+    Half way between two, it is the larger: an image can be enlarged to it without losing a pixel, while the smaller
+    one drops detail that the model has seen in training. At least one patch; the present size where the patch stays,
+    and where patches overlap, as then every size that holds one window fits.
+    """
+    assert current.image_size is not None
+    if patch == current.patch_size:
+        return current.image_size
+    if current.overlapping and kernel is not None:
+        return tuple(max(side, window) for side, window in zip(current.image_size, kernel, strict=True))
+    return tuple(max(1, (2 * side + p) // (2 * p)) * p for side, p in zip(current.image_size, patch, strict=True))
 
 
 def scaled_kernel(current: Geometry, patch: Size) -> Size | None:
@@ -159,7 +239,13 @@ def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool)
     smaller = tuple(_divisor(i, p, -1) for i, p in zip(image, patch, strict=True))
     larger = tuple(_divisor(i, p, +1) for i, p in zip(image, patch, strict=True))
     patches = " or ".join(dict.fromkeys((show(smaller), show(larger))))
-    other = "" if asked else '; or keep="grid", which changes the image size with the patch'
+    close = show(nearest_image(replace(current, image_size=image), patch))
+    other = (
+        ""
+        if asked or current.image_size is None
+        else f'; or image_size="{NEAREST}" (on the command line --image-size {NEAREST}), which is {close}; '
+        f'or keep="grid", which changes the image size with the patch'
+    )
     raise GeometryError(
         f"patch_size {show(patch)} does not divide image_size {show(image)}: use image_size {images}, "
         f"or patch_size {patches}{other}"

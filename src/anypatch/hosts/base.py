@@ -7,8 +7,9 @@ is looked for in its own room first and in ``model.py`` after it, so that a smal
 part       verbs                                         used by
 =========  ============================================  ==========================================================
 Model      ``recognises``, ``subject``, ``example``      ``adapt``, ``check``, ``inspect``, ``at``; required
-Files      ``load``, ``save``, ``names_folder``,         ``load``, ``save``, ``convert``
-           ``candidates``, ``fit``, ``open_folder``
+Files      ``load``, ``build``, ``names``, ``save``,     ``load``, ``save``, ``convert``
+           ``names_folder``, ``candidates``, ``fit``,
+           ``open_folder``
 Images     ``preprocess``, ``features``, ``classes``,    ``sweep``, ``view``, ``tune``
            ``tokenize``
 =========  ============================================  ==========================================================
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 # Which room of a host's folder a verb is in; ``model.py`` where there is no such room.
 ROOMS = {
     "example": "feeding",
-    **dict.fromkeys(("load", "save", "names_folder", "candidates", "fit", "open_folder"), "files"),
+    **dict.fromkeys(("load", "build", "names", "save", "names_folder", "candidates", "fit", "open_folder"), "files"),
     **dict.fromkeys(("preprocess", "features", "classes", "tokenize"), "images"),
 }
 MODEL = "model"
@@ -94,6 +95,14 @@ class Host:
     def load(self, name: str, **host_kwargs: Any) -> nn.Module:
         """Load a pretrained model by the library's own loader, from its hub or from a directory in its format."""
         return self._verb("load")(name, **host_kwargs)
+
+    def build(self, name: str, **host_kwargs: Any) -> nn.Module:
+        """The model that ``load`` gives, with random weights: no weights are downloaded or read."""
+        return self._verb("build")(name, **host_kwargs)
+
+    def names(self) -> list[str]:
+        """The names that ``load`` takes, where the library has a list of them."""
+        return self._verb("names")() if self.has("names") else []
 
     def save(self, model: nn.Module, folder: Path, **extras: Any) -> None:
         """Write the library's own format, which loads there without anypatch."""

@@ -130,7 +130,25 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     import diffusers
 
     kind = host_kwargs.pop("model_class", None) or diffusers.AutoModel
+    if host_kwargs.get("pretrained") is True:
+        del host_kwargs["pretrained"]
     return kind.from_pretrained(name, **host_kwargs)
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    import diffusers
+
+    kind = host_kwargs.pop("model_class", None)
+    about = {k: host_kwargs.pop(k) for k in tuple(host_kwargs) if k in HUB}
+    config: Any = diffusers.AutoModel.load_config(name, **about)
+    kind = kind or getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise UnsupportedModelError(f"diffusers has no class {config.get('_class_name')!r}, which {name} names")
+    return kind.from_config({**config, **host_kwargs}).eval()
+
+
+# Arguments of `from_pretrained` that say where a model is, not what it is.
+HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 
 
 def save(model: nn.Module, directory: Path, **extras: Any) -> None:

@@ -19,6 +19,7 @@ that line, or pass the place on: ``cfg = open_clip.get_model_config("local-dir:N
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -208,14 +209,60 @@ def _encode(model: nn.Module, pixels: Any) -> Any:
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
-    """``NAME/PRETRAINED``, ``NAME`` (random weights), ``local-dir:PATH``, ``hf-hub:ORG/REPO``, or a directory."""
+    """``NAME/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:ORG/REPO``, or a directory.
+
+    The tag may also be given as ``pretrained=``.
+
+    Raises:
+        UnsupportedModelError: open_clip has no such model.
+        CheckpointError: no tag says which weights, or they cannot be had.
+    """
+    import open_clip
+
+    given = host_kwargs.pop("pretrained", None)
+    identifier, pretrained, cfg = _named(name, host_kwargs)
+    if isinstance(given, str):
+        pretrained = given
+    if pretrained is None and not identifier.startswith((LOCAL, HUB)):
+        tags = open_clip.list_pretrained_tags_by_model(identifier)
+        which = f"say which with open_clip:{identifier}/TAG: {', '.join(tags)}" if tags else "it has none"
+        raise CheckpointError(
+            f"open_clip:{identifier} does not say which pretrained weights: {which}; pretrained=False makes random ones"
+        )
+    try:
+        model = open_clip.create_model(identifier, pretrained, **{"require_pretrained": True, **host_kwargs})
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"open_clip cannot load {name}: {error}") from error
+    vars(model)[REMEMBERED] = cfg
+    return model
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    import open_clip
+
+    identifier, _, cfg = _named(name, host_kwargs)
+    # the towers' own pretrained weights are weights, too; which of these names there are depends on the version
+    parameters = inspect.signature(open_clip.create_model).parameters
+    without = {k: False for k in ("load_weights", "pretrained_text", "pretrained_hf") if k in parameters}
+    model = open_clip.create_model(identifier, None, **{**without, **host_kwargs})
+    vars(model)[REMEMBERED] = cfg
+    return model
+
+
+def names() -> list[str]:
+    import open_clip
+
+    return open_clip.list_models()
+
+
+def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
+    """open_clip's own name for a model, its tag, and its configuration; a timm tower in a directory is found there."""
     import open_clip
 
     if Path(name, CONFIG).is_file():
         name = LOCAL + name
-    if name.startswith((LOCAL, HUB)):
-        identifier, pretrained = name, None
-    else:
+    identifier, pretrained = name, None
+    if not name.startswith((LOCAL, HUB)):
         identifier, _, tag = name.partition("/")
         pretrained = tag or None
     try:
@@ -229,12 +276,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
         if (tower / "config.json").is_file():  # where the directory is now
             cfg["vision_cfg"]["timm_model_name"] = f"{LOCAL}{tower.resolve()}"
             host_kwargs.setdefault("vision_cfg", cfg["vision_cfg"])
-    try:
-        model = open_clip.create_model(identifier, pretrained, **host_kwargs)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"open_clip cannot load {name}: {error}") from error
-    vars(model)[REMEMBERED] = cfg
-    return model
+    return identifier, pretrained, cfg
 
 
 # -- saving ----------------------------------------------------------------------------------------------------

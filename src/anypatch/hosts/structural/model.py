@@ -803,6 +803,11 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
         raise CheckpointError(f"torch.hub cannot load {entry} from {repo}: {error}") from error
 
 
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    """By the entry point's own ``pretrained=False``, which it has to have."""
+    return load(name, pretrained=False, **host_kwargs)
+
+
 def save(model: nn.Module, directory: Path, **extras: Any) -> None:
     """Write the state dict and the geometry (see this module's docstring)."""
     from safetensors.torch import save_file

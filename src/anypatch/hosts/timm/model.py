@@ -551,10 +551,29 @@ def _cropping(model: Any, pixels: Tensor) -> Any:
 def load(name: str, **host_kwargs: Any) -> nn.Module:
     import timm
 
-    if ":" not in name and not timm.is_model(name.partition(".")[0]):
-        raise unknown(NAME, name, timm.list_models())
+    _require_known(name)
     host_kwargs.setdefault("pretrained", True)
     return timm.create_model(name, **host_kwargs)
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    import timm
+
+    _require_known(name)
+    return timm.create_model(name, pretrained=False, **host_kwargs)
+
+
+def names() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+def _require_known(name: str) -> None:
+    import timm
+
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+        raise unknown(NAME, name, names())
 
 
 def save(model: nn.Module, directory: Path, **extras: Any) -> None:

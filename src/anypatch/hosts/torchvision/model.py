@@ -166,13 +166,14 @@ def example(subject: Subject) -> Example:
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
     """``NAME``, ``NAME/WEIGHTS`` (an entry of the model's weights enum), or a directory that ``save`` wrote."""
+    if host_kwargs.get("pretrained") is True:
+        del host_kwargs["pretrained"]
     if Path(name).is_dir():
         return _load_directory(Path(name), **host_kwargs)
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model
 
     name, _, weights = name.partition("/")
-    if name.lower() not in list_models():
-        raise unknown(NAME, name, list_models())
+    _require_known(name)
     host_kwargs.setdefault("weights", weights or "DEFAULT")
     try:
         return get_model(name, **host_kwargs)
@@ -180,9 +181,39 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
         raise CheckpointError(f"torchvision has no weights {weights!r} for {name}") from error
 
 
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    if Path(name).is_dir():
+        return _build_directory(Path(name), **host_kwargs)
+    from torchvision.models import get_model
+
+    name = name.partition("/")[0]
+    _require_known(name)
+    return get_model(name, **{"weights": None, **host_kwargs})
+
+
+def names() -> list[str]:
+    from torchvision.models import list_models
+
+    return list_models()
+
+
+def _require_known(name: str) -> None:
+    if name.lower() not in names():
+        raise unknown(NAME, name, names())
+
+
 def _load_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
     from safetensors.torch import load_file
 
+    model = _build_directory(directory, **host_kwargs)
+    try:
+        model.load_state_dict(load_file(str(directory / "model.safetensors")))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {directory} do not fit its torchvision.json: {error}") from error
+    return model
+
+
+def _build_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
     try:
         config = json.loads((directory / "torchvision.json").read_text())
         family, arguments, classes = config["module"], config["arguments"], config["classes"]
@@ -192,12 +223,7 @@ def _load_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
         raise CheckpointError(
             f"{directory}/torchvision.json names {family!r}, which is no torchvision model anypatch saves"
         )
-    model = _construct(family, {**arguments, **host_kwargs}, classes)
-    try:
-        model.load_state_dict(load_file(str(directory / "model.safetensors")))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {directory} do not fit its torchvision.json: {error}") from error
-    return model
+    return _construct(family, {**arguments, **host_kwargs}, classes)
 
 
 def save(model: nn.Module, directory: Path, **extras: Any) -> None:

@@ -834,18 +834,60 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     """
     import transformers
 
-    kind = host_kwargs.pop("model_class", None)
-    if isinstance(kind, str):
-        kind = getattr(transformers, kind)
+    if host_kwargs.get("pretrained") is True:
+        del host_kwargs["pretrained"]
+    kind = _given_class(host_kwargs)
     if kind is None:
         about = {k: v for k, v in host_kwargs.items() if k in HUB}
-        config = host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about)
-        names = getattr(config, "architectures", None) or []
-        kind = getattr(transformers, names[0], None) if names else None
+        kind = _saved_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
     model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
     with contextlib.suppress(UnsupportedModelError, ReferenceError):
         _SOURCES[model] = (name, _geometry(model))
     return model
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    """By the configuration alone; further arguments are fields of it."""
+    import transformers
+
+    kind = _given_class(host_kwargs)
+    making: dict[str, Any] = {
+        k: host_kwargs.pop(k) for k in ("dtype", "torch_dtype", "attn_implementation") if k in host_kwargs
+    }
+    config = host_kwargs.pop("config", None)
+    unknown: dict[str, Any] = {}
+    if config is None:
+        config, unknown = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **host_kwargs)
+    unknown = {k: v for k, v in unknown.items() if k not in HUB}
+    if unknown:
+        raise UnsupportedModelError(f"the configuration of {name} has no {', '.join(unknown)}")
+    kind = kind or _saved_class(config)
+    if kind is not None:
+        return kind._from_config(config, **making).eval()
+    if "trust_remote_code" in host_kwargs:
+        making["trust_remote_code"] = host_kwargs["trust_remote_code"]
+    return transformers.AutoModel.from_config(config, **making).eval()
+
+
+def _given_class(host_kwargs: dict[str, Any]) -> Any:
+    """The class that ``model_class=`` chooses, as a class or by its name."""
+    import transformers
+
+    kind = host_kwargs.pop("model_class", None)
+    if not isinstance(kind, str):
+        return kind
+    found = getattr(transformers, kind, None)
+    if found is None:
+        raise UnsupportedModelError(f"transformers has no class {kind!r}")
+    return found
+
+
+def _saved_class(config: Any) -> Any:
+    """The class that a checkpoint was saved from, where its configuration names one that is the library's own."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], None) if names else None
 
 
 HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder", "force_download")

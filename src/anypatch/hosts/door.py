@@ -1,0 +1,99 @@
+"""The one door to the host libraries' loaders: what they raise becomes one of anypatch's errors, its cause chained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
+from anypatch.hosts.base import Host
+
+# Words in the messages of huggingface_hub, transformers, urllib and torch.hub when nothing answered. Only they choose
+# the advice; the error is the same without it.
+OFFLINE = (
+    "connection",
+    "connect to",
+    "locate the file on the hub",
+    "name or service not known",
+    "name resolution",
+    "urlopen error",
+    "offline",
+    "timed out",
+    "max retries",
+)
+DEVICE = ("invalid device", "device string", "not compiled with", "no nvidia driver", "invalid device ordinal")
+LONGEST = 400  # characters of a library's message: some quote whole configurations
+
+
+@contextlib.contextmanager
+def speaking_for(library: str, what: str, package: str | None = None) -> Iterator[None]:
+    """Turn whatever a host library raises inside into one of our errors, the library's own as its cause.
+
+    >>> with speaking_for("timm", "vit_tiny_patch16_224"):
+    ...     raise TypeError("__init__() got an unexpected keyword argument 'depht'")
+    Traceback (most recent call last):
+    anypatch.errors.UnsupportedModelError: timm cannot make vit_tiny_patch16_224 with these options: ...
+
+    Args:
+        library: the library's name.
+        what: what it was asked for, as the user wrote it.
+        package: the extra of anypatch that installs the library.
+
+    Raises:
+        UnsupportedModelError: the library is not installed, or takes no such option.
+        CheckpointError: everything else: no network, no such model or file, no such device, weights that do not fit.
+    """
+    try:
+        yield
+    except (AnypatchError, MemoryError):
+        raise
+    except ImportError as error:
+        extra = package or library.replace("_", "-")
+        raise UnsupportedModelError(
+            f"loading {what} from {library} needs a package that is not installed: "
+            f"pip install 'anypatch[{extra}]' ({error})"
+        ) from error
+    except TypeError as error:
+        raise UnsupportedModelError(f"{library} cannot make {what} with these options: {said(error)}") from error
+    except Exception as error:
+        raise CheckpointError(f"{library} cannot load {what}: {said(error)}{_advice(error)}") from error
+
+
+def said(error: BaseException) -> str:
+    """What an error says, on one line; its class where the words alone would not do."""
+    words = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not words:
+        words = f"{type(error).__name__} {words}".strip()
+    return words if len(words) <= LONGEST else words[:LONGEST] + " ..."
+
+
+def _advice(error: BaseException) -> str:
+    words = said(error).lower()
+    if any(word in words for word in DEVICE):
+        return "; name a device that this machine has, such as cpu"
+    if isinstance(error, (ConnectionError, TimeoutError)) or any(word in words for word in OFFLINE):
+        return (
+            "; without a network, only what was downloaded before loads by name: give a directory or a file, or build "
+            "the model without its weights (pretrained=False)"
+        )
+    return ""
+
+
+def load(host: Host, name: str, **host_kwargs: Any) -> nn.Module:
+    """A host library's model by name: pretrained, or with random weights where ``pretrained=False`` asks for them.
+
+    Raises:
+        UnsupportedModelError: the library is not installed, does not know the name, or takes no such option.
+        CheckpointError: the weights cannot be had.
+    """
+    source = f"{host.prefix or host.name}:{name}"
+    if "arch" in host_kwargs:
+        raise UnsupportedModelError(f"arch is for checkpoint files: {source} says itself what it is")
+    with speaking_for(host.name, name):
+        pretrained = host_kwargs.get("pretrained", True)
+        if pretrained is False or pretrained is None:
+            return host.build(name, **{k: v for k, v in host_kwargs.items() if k != "pretrained"})
+        return host.load(name, **host_kwargs)
