@@ -1,0 +1,166 @@
+"""transformers' common model tests (its `ModelTesterMixin`) over the families of the coverage table.
+
+transformers' source archive holds the common tests, not the per-model testers; a tester needs a tiny configuration and
+inputs, and both are known here: the coverage run's tiny models and the proof's examples. `ANYPATCH_PEERS` says how each
+model is adapted right after its constructor (`peers.adapting`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import math
+import os
+import re
+import sys
+import types
+import unittest
+from typing import Any
+
+import torch
+from torch import nn
+
+import anypatch
+from peers import adapting
+
+# The encoders that people adapt: one family each, so that a run takes minutes, not hours.
+FAMILIES = re.compile(
+    os.environ.get("ANYPATCH_PEERS_FAMILIES")
+    or r"^(vit|deit|beit|beit shared|data2vec-vision|clip|siglip|siglip2|dinov2|dinov2_with_registers|dinov3_vit|swin|"
+    r"swinv2|vit_mae|vit_msn|ijepa|owlvit|yolos|dpt|sam|vitdet|vivit|videomae|timesformer|vilt|flava|groupvit|pixtral|"
+    r"clipseg|chinese_clip|altclip|blip|ast|vjepa2|hiera|eomt|segformer)( |$)"
+)
+
+
+def _common() -> Any:
+    """The module of common tests; what it imports from folders that the archive leaves out is empty."""
+    for name, mixin in (
+        ("tests.exporters.test_export", "ExportTesterMixin"),
+        ("tests.generation.test_utils", "GenerationTesterMixin"),
+    ):
+        package = name.rpartition(".")[0]
+        if name not in sys.modules:
+            folder, module = types.ModuleType(package), types.ModuleType(name)
+            folder.__path__ = []
+            setattr(module, mixin, type(mixin, (), {}))
+            sys.modules[package], sys.modules[name] = folder, module
+    import tests.test_modeling_common as common
+
+    return common
+
+
+class Tester:
+    """What the common tests ask of a model's tester: a configuration and inputs that fit the (adapted) model."""
+
+    is_training = False
+
+    def __init__(self, build: Any) -> None:
+        with adapting.as_it_is():
+            self.model = build().eval()
+        # From its own words, so that what the constructor settles (the attention's implementation) is open again.
+        self.config = type(self.model.config).from_dict(self.model.config.to_dict())
+        self.inputs = _inputs(adapting.adapted(self.model))
+        self.batch_size = next(iter(self.inputs.values())).shape[0] if self.inputs else 0
+        self.seq_length = _tokens(self.model, self.inputs)
+        self.num_masks = self.mask_length = math.prod(anypatch.geometry(self.model).grid or ())  # one a patch
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
+        return copy.deepcopy(self.config), {k: v.clone() for k, v in self.inputs.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        config = self.__dict__.get("config")
+        if config is None or not hasattr(config, name):
+            raise AttributeError(name)
+        return getattr(config, name)
+
+
+def _tokens(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Tokens of the last hidden state, for the tests of hidden states and attentions; 0 where there is none."""
+    with torch.no_grad(), contextlib.suppress(Exception):
+        return int(model(**inputs).last_hidden_state.shape[1])
+    return 0
+
+
+def _inputs(model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments with which the proof calls the model."""
+    from anypatch.adaptation import describe, host
+
+    subject = describe(model)
+    example = host(model).example(subject)
+    seen: dict[str, Any] = {}
+    forward, signature = model.forward, inspect.signature(model.forward)
+
+    @functools.wraps(forward)
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        seen.update(bound.pop("kwargs", {}), **bound)
+        return forward(*args, **kwargs)
+
+    model.forward = remember  # the example may call it past the hooks
+    try:
+        with torch.no_grad():
+            example.call(model, torch.randn(example.shape, generator=torch.Generator().manual_seed(0)))
+    finally:
+        del model.forward
+    return {k: v for k, v in seen.items() if isinstance(v, torch.Tensor)}
+
+
+def _adapt_on_construction(model_class: type) -> None:
+    """Wrap the constructor of a model class: the outermost model of that very class is adapted."""
+    if getattr(model_class, "_anypatch_peers", False):
+        return
+    construct = model_class.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, config, *args, **kwargs)
+        if type(self) is model_class and not getattr(config, "_anypatch_adapted", False):
+            adapting.adapted(self)
+            if self.config is not config:  # a saved and loaded configuration is at the new geometry already
+                self.config._anypatch_adapted = True
+
+    model_class.__init__ = init  # type: ignore[misc]
+    model_class._anypatch_peers = True  # type: ignore[attr-defined]
+
+
+def _case(family: Any, common: Any) -> type | None:
+    torch.manual_seed(0)
+    with contextlib.suppress(Exception):
+        model = family.build()
+        if not hasattr(model, "config"):
+            return None
+        model_class = type(model)
+
+        def setup(self: Any) -> None:
+            torch.manual_seed(0)
+            self.model_tester = Tester(family.build)
+            if not self.model_tester.inputs:
+                self.skipTest("the proof feeds this family through an inner layer")
+            if adapting.mode() != "none":
+                _adapt_on_construction(model_class)
+
+        return type(
+            "Test" + re.sub(r"\W+", "_", family.name.title()),
+            (common.ModelTesterMixin, unittest.TestCase),
+            {
+                "all_model_classes": (model_class,),
+                "test_resize_embeddings": False,  # as the library's own tests of vision models have it
+                "setUp": setup,
+                "__module__": __name__,
+            },
+        )
+    return None
+
+
+def _cases() -> dict[str, type]:
+    from families import families
+
+    common = _common()
+    chosen = [f for f in families("transformers") if not f.refused and FAMILIES.search(f.name)]
+    made = [case for family in chosen if (case := _case(family, common)) is not None]
+    return {case.__name__: case for case in made}
+
+
+globals().update(_cases())
