@@ -136,11 +136,16 @@ def test_what_fails_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     WAYS[way](monkeypatch)
     target = tmp_path / "target"
     _write(target, {**OLD, **FOREIGN})
-    with pytest.raises(CheckpointError, match="no space"), atomic.replacing_directory(target) as place:
-        _write(place, NEW)
-        raise OSError(errno.ENOSPC, "no space left")
-    with pytest.raises(KeyboardInterrupt), atomic.replacing_directory(target) as place:
-        raise KeyboardInterrupt
+
+    def fail(error: BaseException) -> None:
+        with atomic.replacing_directory(target) as place:
+            _write(place, NEW)
+            raise error
+
+    with pytest.raises(CheckpointError, match="no space"):
+        fail(OSError(errno.ENOSPC, "no space left"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())
     assert _read(tmp_path) == {f"target/{k}": v for k, v in {**OLD, **FOREIGN}.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
@@ -13,11 +12,13 @@ from torch import nn
 
 from anypatch import hosts
 from anypatch.adaptation import adapt, host
-from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
+from anypatch.core.merging import merged
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
+from anypatch.files import atomic
 from anypatch.hosts import door
+from anypatch.hosts.folders import replaced_names
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -191,24 +192,29 @@ def _json(path: Path) -> dict[str, Any]:
 def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     """Save a model in its host library's own format; it loads there without anypatch.
 
+    The directory is built beside its place, held against what the host library would build from it, and put in place
+    whole: whatever happens before leaves what was there. A model that is there is replaced, in whatever library's
+    format; all other files stay. Adapters of PEFT are merged, parametrised weights computed, in what is written; the
+    live model is left alone.
+
     Args:
         model: any model that :func:`anypatch.adapt` takes.
         directory: where to; made if it is not there.
         **extras: what the host library's format also holds, such as ``processor=`` for transformers.
 
     Raises:
-        UnsupportedModelError: no host library knows the model.
+        UnsupportedModelError: no host library knows the model, or it would rebuild it otherwise; the message names
+            the layer or tensor.
         CheckpointError: the directory cannot be written.
     """
+    from safetensors import SafetensorError
+
     path = Path(directory)
     library = host(model)
-    made = not path.exists()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        library.save(unwrap(model), path, **extras)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # not empty: something was written
-                path.rmdir()
+    inner = merged(model)
+    replaced = replaced_names(path, library.name)
+    with atomic.replacing_directory(path, replaced, parents=True) as place:
+        try:
+            library.save(inner, place, path, **extras)
+        except SafetensorError as error:  # a full disk, too
+            raise CheckpointError(f"cannot write {path}: {error}") from error

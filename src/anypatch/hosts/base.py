@@ -104,9 +104,13 @@ class Host:
         """The names that ``load`` takes, where the library has a list of them."""
         return self._verb("names")() if self.has("names") else []
 
-    def save(self, model: nn.Module, folder: Path, **extras: Any) -> None:
-        """Write the library's own format, which loads there without anypatch."""
-        self._verb("save")(model, folder, **extras)
+    def save(self, model: nn.Module, folder: Path, final: Path, **extras: Any) -> None:
+        """Write the library's own format into an empty directory, which will stand at ``final``, and see that it loads.
+
+        Raises:
+            UnsupportedModelError: the library would not build this model from it; the message names what differs.
+        """
+        self._verb("save")(model, folder, final, **extras)
 
     def names_folder(self, path: Path) -> str | None:
         """The name that ``load`` takes for a directory in this library's format; ``None`` for any other."""

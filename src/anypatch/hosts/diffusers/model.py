@@ -14,6 +14,7 @@ from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Example
+from anypatch.hosts.rebuilding import require_rebuilds
 
 NAME = "diffusers"
 
@@ -151,5 +152,11 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 
 
-def save(model: nn.Module, directory: Path, **extras: Any) -> None:
-    model.save_pretrained(str(directory), **extras)  # type: ignore[operator]
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
+    """Write what ``from_pretrained`` reads."""
+    live: Any = model
+    live.save_pretrained(str(directory), **extras)
+    kind = type(live)
+    require_rebuilds(
+        directory, live, lambda: kind.from_config(kind.load_config(str(directory))), f"diffusers' {kind.__name__}"
+    )

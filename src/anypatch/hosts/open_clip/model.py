@@ -33,6 +33,7 @@ from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, pair, plain, unknown
+from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 from anypatch.hosts.timm import model as trunks
 
 NAME = "open_clip"
@@ -282,12 +283,13 @@ def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dic
 # -- saving ----------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, directory: Path, name: str | None = None, **extras: Any) -> None:
+def save(model: nn.Module, directory: Path, final: Path, name: str | None = None, **extras: Any) -> None:
     """Write what ``open_clip.create_model("local-dir:DIRECTORY")`` loads (see this module's docstring).
 
     Args:
         model: a whole model.
         directory: where to.
+        final: the place that the directory will have.
         name: the open_clip model whose tokenizer the configuration should name, if ``load`` did not make the model.
         **extras: further entries of the configuration file.
     """
@@ -296,12 +298,12 @@ def save(model: nn.Module, directory: Path, name: str | None = None, **extras: A
     path, tower = _tower(model)
     if not path:
         raise UnsupportedModelError("a bare image tower has no format in open_clip: save the whole model")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     cfg = model_config(model, directory, name)
-    _require_rebuilds(model, cfg)
-    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, str(directory / WEIGHTS))
+    save_file(contiguous(model, "open_clip's model"), directory / WEIGHTS)
+    require_rebuilds(directory, model, lambda: _construct(model, cfg), "open_clip's model")
+    staged, named = f"{LOCAL}{directory / TOWER}", cfg["vision_cfg"]
+    if named.get("timm_model_name") == staged:
+        cfg["vision_cfg"] = {**named, "timm_model_name": f"{LOCAL}{final.resolve() / TOWER}"}
     preprocessing = {k: v for k, v in getattr(tower, "preprocess_cfg", {}).items() if v is not None}
     text = json.dumps({"model_cfg": cfg, "preprocess_cfg": preprocessing, **extras}, indent=2)
     (directory / CONFIG).write_text(text + "\n")
@@ -497,8 +499,8 @@ def _name_timm_tower(model: nn.Module, cfg: dict[str, Any], directory: Path) -> 
         return
     from timm.models._hub import save_config_for_hf
 
-    tower = directory.resolve() / TOWER
-    tower.mkdir(parents=True, exist_ok=True)
+    tower = directory / TOWER
+    tower.mkdir()
     geometry = trunks.subject(trunk).geometry
     arguments = {k: v for k, v in getattr(trunk, "_model_args", {}).items() if k != "pretrained_model_args"}
     if not {"img_size", "patch_size"} & arguments.keys():  # a timm that keeps no record of its arguments
@@ -523,16 +525,3 @@ def _mismatch(model: nn.Module, twin: nn.Module) -> str | None:
     """The first tensor in which two models differ by name or shape."""
     a, b = model.state_dict(), twin.state_dict()
     return next((k for k in {**a, **b} if k not in a or k not in b or a[k].shape != b[k].shape), None)
-
-
-def _require_rebuilds(model: nn.Module, cfg: dict[str, Any]) -> None:
-    try:
-        twin = empty(lambda: _construct(model, cfg))
-    except Exception as error:
-        raise UnsupportedModelError(f"open_clip cannot rebuild the model from its configuration: {error}") from error
-    key = _mismatch(model, twin)
-    if key is not None:
-        raise UnsupportedModelError(
-            f"{key} is not what open_clip builds from the model's configuration: the model was changed after it was "
-            f"built, or needs name= to tell which open_clip model it is"
-        )

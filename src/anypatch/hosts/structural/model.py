@@ -36,6 +36,7 @@ from anypatch.core.tables import Sampling, resample_grid, resample_tokens
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, Host, class_tokens
+from anypatch.hosts.rebuilding import contiguous
 
 NAME = "generic"
 
@@ -808,15 +809,12 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
     return load(name, pretrained=False, **host_kwargs)
 
 
-def save(model: nn.Module, directory: Path, **extras: Any) -> None:
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write the state dict and the geometry (see this module's docstring)."""
     from safetensors.torch import save_file
 
     geometry = subject(model).geometry
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, str(directory / "model.safetensors"))
+    save_file(contiguous(model, type(model).__name__), directory / "model.safetensors")
     record = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "patch_size": geometry.patch_size,

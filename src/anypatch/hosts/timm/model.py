@@ -22,6 +22,7 @@ from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, class_tokens, comes_from, pair, plain, unknown
+from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 
 NAME = "timm"
 
@@ -497,6 +498,10 @@ def _bookkeeping(model: Any, geometry: Geometry) -> list[tuple[nn.Module, str, A
     cfg["input_size"] = (cfg.get("input_size", (3,))[0], *geometry.image_size)
     if cfg.get("test_input_size"):
         cfg["test_input_size"] = (cfg["test_input_size"][0], *geometry.image_size)
+    old, new = _stem(model).geometry.grid, geometry.grid
+    for name in ("pool_size", "test_pool_size"):  # the last stage's map, which scales with the grid
+        if cfg.get(name) and old is not None and new is not None:
+            cfg[name] = tuple(max(1, size * n // o) for size, n, o in zip(pair(cfg[name]), new, old, strict=True))
     names = [n for n in ("pretrained_cfg", "default_cfg") if hasattr(model, n)]
     return [(model, name, cfg) for name in names]
 
@@ -576,34 +581,45 @@ def _require_known(name: str) -> None:
         raise unknown(NAME, name, names())
 
 
-def save(model: nn.Module, directory: Path, **extras: Any) -> None:
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write a directory that ``timm.create_model("local-dir:...", pretrained=True)`` takes.
 
+    A head that was replaced by a linear layer, or taken off, is written as the number of classes that makes it.
+
     Raises:
-        UnsupportedModelError: timm could not rebuild this model at its present geometry; nothing is written.
+        UnsupportedModelError: timm could not rebuild this model at its present geometry.
     """
-    from timm.models import save_for_hf
+    import timm
+    from safetensors.torch import save_file
+    from timm.models._hub import save_config_for_hf
 
     stem = _stem(model)
     if not _recorded(model) and type(_core(model)).__name__ != "TNT":
         extras["model_args"] = {**_sizes(model, stem.geometry, stem), **extras.get("model_args", {})}
-    _require_rebuildable(model, extras.get("model_args", {}))
-    save_for_hf(model, str(directory), safe_serialization=True, **extras)
+    title = f"timm's {_title(model)}"
+    save_file(contiguous(model, title), directory / "model.safetensors")
+    save_config_for_hf(_with_classes(model), str(directory / "config.json"), **extras)
+    require_rebuilds(directory, model, lambda: timm.create_model(f"local-dir:{directory}"), title)
 
 
-def _require_rebuildable(model: Any, arguments: dict[str, Any]) -> None:
-    """What timm would build on loading has to have the shapes of the model."""
-    import timm
-
-    name = model.pretrained_cfg["architecture"]
-    advice = "save its state_dict instead, and adapt a fresh model before loading it"
-    try:
-        twin = empty(lambda: timm.create_model(name, **{**_arguments(model), **arguments}))
-    except Exception as error:
-        raise UnsupportedModelError(f"timm cannot rebuild this {_title(model)} ({error}): {advice}") from error
-    saved, rebuilt = model.state_dict(), twin.state_dict()
-    for key, tensor in saved.items():
-        if key not in rebuilt or rebuilt[key].shape != tensor.shape:
-            raise UnsupportedModelError(
-                f"timm would rebuild {_title(model)} with another {key}, not {tuple(tensor.shape)}: {advice}"
-            )
+def _with_classes(model: Any) -> Any:
+    """The model as its configuration has to describe it: with the number of classes that its head has."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    core = _core(model)
+    if core is not model or not isinstance(getattr(model, "num_classes", None), int):
+        return model
+    counts = set()
+    for name in [names] if isinstance(names, str) else names:
+        path = name
+        while path and core.get_submodule(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2]) is None:
+            path = path.rpartition(".")[0]  # the head around the classifier was replaced
+        head = core.get_submodule(path) if path else None
+        counts.add(0 if isinstance(head, nn.Identity) else getattr(head, "out_features", model.num_classes))
+    if len(counts) != 1 or counts == {model.num_classes}:
+        return model
+    described = copy.copy(model)  # a second name for the same modules
+    described.num_classes = counts.pop()
+    for record in ("_traits", "_model_args"):
+        if "num_classes" in (vars(model).get(record) or {}):
+            setattr(described, record, {**vars(model)[record], "num_classes": described.num_classes})
+    return described

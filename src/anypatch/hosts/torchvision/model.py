@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import nn
 
-from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, unknown
+from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 
 NAME = "torchvision"
 VIT = "torchvision.models.vision_transformer"
@@ -226,7 +226,7 @@ def _build_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
     return _construct(family, {**arguments, **host_kwargs}, classes)
 
 
-def save(model: nn.Module, directory: Path, **extras: Any) -> None:
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write the state dict and the arguments that rebuild the model (see this module's docstring)."""
     from safetensors.torch import save_file
 
@@ -235,17 +235,8 @@ def save(model: nn.Module, directory: Path, **extras: Any) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} of torchvision has no patch embedding")
     arguments, classes = _arguments(model)
     _require_default_norm(model, family)
-    tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-    twin = empty(lambda: _construct(family, arguments, classes)).state_dict()
-    for key in {**twin, **tensors}:
-        if key not in twin or key not in tensors or twin[key].shape != tensors[key].shape:
-            raise UnsupportedModelError(
-                f"{key} is not what torchvision's {family.rpartition('.')[2]} constructor makes: "
-                f"the model was changed after it was built, so its arguments cannot be saved"
-            )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(directory / "model.safetensors"))
+    title = f"torchvision's {type(model).__name__}"
+    save_file(contiguous(model, title), directory / "model.safetensors")
     config = {
         "module": family,
         "class": "VisionTransformer" if family == VIT else "SwinTransformer",
@@ -254,6 +245,7 @@ def save(model: nn.Module, directory: Path, **extras: Any) -> None:
         **extras,
     }
     (directory / "torchvision.json").write_text(json.dumps(config, indent=2) + "\n")
+    require_rebuilds(directory, model, lambda: _construct(family, arguments, classes), title)
 
 
 def _require_default_norm(model: nn.Module, family: str) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, class_tokens
+from anypatch.hosts.rebuilding import require_rebuilds
 from anypatch.hosts.timm import model as trunks
 from anypatch.hosts.transformers.processors import follow, resized
 
@@ -893,7 +894,7 @@ def _saved_class(config: Any) -> Any:
 HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder", "force_download")
 
 
-def save(model: nn.Module, directory: Path, **extras: Any) -> None:
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write what ``from_pretrained`` reads.
 
     Args:
@@ -905,6 +906,7 @@ def save(model: nn.Module, directory: Path, **extras: Any) -> None:
     """
     processor = extras.pop("processor", None)
     model.save_pretrained(str(directory), **extras)  # type: ignore[operator]
+    _require_loads(model, directory)
     name, old = _SOURCES.get(model, (str(getattr(_config(model), "_name_or_path", "") or ""), None))
     new = _geometry(model)
     if processor is None and name and Path(name).is_dir():
@@ -916,6 +918,37 @@ def save(model: nn.Module, directory: Path, **extras: Any) -> None:
         if old is None and name and Path(name).is_dir():
             old = _saved_geometry(name)
         follow(processor, old, new).save_pretrained(str(directory))
+
+
+def _require_loads(model: Any, directory: Path) -> None:
+    """What transformers builds from the written configuration has to take the written tensors."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return  # layers are replaced on loading, by a quantiser that may need its own hardware
+
+    def build() -> nn.Module:
+        return _make(type(model), type(model.config).from_pretrained(str(directory)))
+
+    def names(built: Any) -> dict[str, tuple[int, ...]]:
+        state = built.state_dict()
+        with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
+            from transformers.core_model_loading import revert_weight_conversion
+
+            built._weight_conversions = getattr(model, "_weight_conversions", None)
+            state = revert_weight_conversion(built, state)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    require_rebuilds(directory, model, build, f"transformers' {type(model).__name__}", names, _optional)
+
+
+def _optional(built: Any) -> Callable[[str], bool]:
+    """Tensors that transformers does not write: those it ties to others, or computes."""
+    tied: dict[int, list[str]] = {}
+    for name, tensor in built.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(name)
+    shared = {name for names in tied.values() if len(names) > 1 for name in names}
+    ignored = [*(getattr(built, "_keys_to_ignore_on_save", None) or ())]
+    ignored += getattr(built, "_keys_to_ignore_on_load_missing", None) or ()
+    return lambda name: name in shared or any(name == key or re.search(key, name) for key in ignored)
 
 
 def _saved_geometry(name: str) -> Geometry | None:

@@ -1,0 +1,100 @@
+"""What each library's format is made of: which files in a directory belong to a model, and go when it is replaced."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+)
+MAX_CONFIG = 64 << 20
+
+
+@dataclass(frozen=True)
+class Format:
+    """The files of one library's format, as patterns of names.
+
+    Attributes:
+        config: the file that makes a directory one of this format.
+        keys: of which that file holds at least one.
+        model: configuration and weights: replaced by every save.
+        beside: what else belongs to the library: goes when another library's model takes the place.
+    """
+
+    config: str
+    keys: tuple[str, ...]
+    model: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "open_clip": Format(
+        "open_clip_config.json",
+        (),
+        ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "tower"),
+    ),
+    "torchvision": Format("torchvision.json", (), ("torchvision.json", *WEIGHTS)),
+    "timm": Format("config.json", ("architecture",), ("config.json", *WEIGHTS)),
+    "transformers": Format(
+        "config.json",
+        ("model_type", "architectures"),
+        ("config.json", "generation_config.json", "tf_model.h5", "flax_model.msgpack", *WEIGHTS),
+        (
+            "*preprocessor_config.json",
+            "processor_config.json",
+            "chat_template.jin*",
+            "chat_template.json",
+            "tokenizer*.json",
+            "tokenizer.model",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "vocab.txt",
+            "merges.txt",
+            "spiece.model",
+            "sentencepiece.bpe.model",
+        ),
+    ),
+    "diffusers": Format(
+        "config.json",
+        ("_class_name",),
+        ("config.json", "diffusion_pytorch_model*.safetensors*", "diffusion_pytorch_model*.bin*"),
+    ),
+    "generic": Format("geometry.json", ("prefix_tokens",), ("geometry.json", "model.safetensors")),
+}
+
+
+def formats(folder: Path) -> set[str]:
+    """The libraries in whose format a directory is."""
+    found = set()
+    for library, form in FORMATS.items():
+        path = folder / form.config
+        try:
+            if not path.is_file() or path.stat().st_size > MAX_CONFIG:
+                continue
+            config = json.loads(path.read_text(encoding="utf-8")) if form.keys else {}
+        except (OSError, ValueError, RecursionError):
+            continue
+        if not form.keys or (isinstance(config, dict) and any(key in config for key in form.keys)):
+            found.add(library)
+    return found
+
+
+def replaced_names(folder: Path, library: str) -> Callable[[str], bool]:
+    """Which files of a directory go when ``library``'s model is saved into it: the models', and what belongs to a
+    model of another library. A processor or tokenizer of the same library stays, and so does every other file."""
+    patterns = [*FORMATS[library].model] if library in FORMATS else []
+    for other in formats(folder):
+        patterns += FORMATS[other].model
+        if other != library:
+            patterns += FORMATS[other].beside
+    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,95 @@
+"""What a library would build from what was written, held against the model that was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from anypatch.core.empty import empty
+from anypatch.errors import UnsupportedModelError
+from anypatch.files.tensors import Shapes, difference, shapes_of, stored_shapes
+
+ADVICE = "save its state_dict instead, and adapt a fresh model before loading it"
+# Layers that do nothing at inference: one may stand for another.
+IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout", "StochasticDepth")
+
+
+def require_rebuilds(
+    folder: Path,
+    live: nn.Module,
+    build: Callable[[], nn.Module],
+    title: str,
+    names: Callable[[nn.Module], Shapes] = shapes_of,
+    optional: Callable[[nn.Module], Callable[[str], bool]] = lambda built: lambda name: False,
+) -> None:
+    """What the library builds from the files in ``folder`` has to take their tensors and compute what ``live`` does.
+
+    Args:
+        folder: what was written.
+        live: the model that was written.
+        build: builds a model from the written configuration, as the library does on loading.
+        title: of the model, with its library, for the error.
+        names: what the built model's tensors are called in files, with their shapes.
+        optional: of the built model: which of its tensors need not be in the files.
+
+    Raises:
+        UnsupportedModelError: it cannot be built, or differs; the message names the tensor or layer.
+    """
+    try:
+        built = empty(build)
+    except Exception as error:
+        raise UnsupportedModelError(f"{title} cannot be rebuilt from its configuration ({error}): {ADVICE}") from error
+    found = difference(stored_shapes(folder), names(built), optional(built))
+    if found is None:
+        found = _other_layer(live, built)
+    if found is not None:
+        raise UnsupportedModelError(f"{title} would be rebuilt otherwise, with {found}: {ADVICE}")
+
+
+def _other_layer(live: nn.Module, built: nn.Module) -> str | None:
+    """A layer without tensors of its own, an activation or a pooling, that is another one in the built model."""
+    own = dict(live.named_modules())
+    for path, layer in built.named_modules():
+        if not path or any(True for _ in layer.children()) or layer._parameters or layer._buffers:
+            continue
+        mine = own.get(path)
+        if isinstance(mine, type(layer)) or all(m is None or _nothing(m) for m in (layer, mine)):
+            continue
+        instead = "nothing" if mine is None else f"a {type(mine).__name__}"
+        return f"a {type(layer).__name__} as {path}, where the model has {instead}"
+    return None
+
+
+def _nothing(layer: nn.Module) -> bool:
+    return any(base.__name__.startswith(IDLE) for base in type(layer).__mro__)
+
+
+def contiguous(model: nn.Module, title: str) -> dict[str, Tensor]:
+    """A model's state dict for a ``.safetensors`` file: no two tensors share memory, all lie in order.
+
+    Raises:
+        UnsupportedModelError: values that are not in memory.
+    """
+    tensors = model.state_dict()
+    away = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if away is not None:
+        raise UnsupportedModelError(
+            f"{away} of {title} is on the meta device, empty or offloaded: bring the model into memory before saving it"
+        )
+    return dict(_apart(tensors))
+
+
+def _apart(tensors: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        storage = value.untyped_storage()
+        whole = value.is_contiguous() and storage.nbytes() == value.numel() * value.element_size()
+        if not whole or storage.data_ptr() in seen:
+            value = value.clone().contiguous()
+        elif value.numel():
+            seen.add(storage.data_ptr())
+        yield name, value
