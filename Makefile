@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-slow fuzz lint bench docs coverage-table clean
+.PHONY: demo test test-slow fuzz lint bench docs site peers coverage-table clean
 
 demo: $(READY)
 	$(BIN)/anypatch demo
@@ -31,6 +31,12 @@ docs: $(READY)
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python tools/figures.py
 
+site: $(READY)
+	$(BIN)/python tools/build_site.py
+
+peers: $(READY)
+	$(BIN)/python tools/peers/__main__.py
+
 coverage-table: $(READY)
 	$(BIN)/python tools/coverage_table.py
 
@@ -40,4 +46,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
