@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class AnypatchWarning(UserWarning):
+    """What the user should know and nothing is refused for: skipped images, a head that is new, a guess."""
+
+
 class AnypatchError(Exception):
     """Base of every error that anypatch raises on purpose."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anypatch.core.empty import empty
 from anypatch.core.geometry import show
-from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.errors import AnypatchWarning, CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
 from anypatch.hosts.base import plain, unknown
@@ -226,7 +226,9 @@ def _fit_head(
         return
     if "num_classes" not in host_kwargs:
         what = f"a head of {classes} classes" if classes else "no classification head"
-        warnings.warn(f"{checkpoint.path.name} has {what}, so the model has too ({arch}: {wanted})", stacklevel=5)
+        warnings.warn(
+            f"{checkpoint.path.name} has {what}, so the model has too ({arch}: {wanted})", AnypatchWarning, stacklevel=5
+        )
         empty(lambda: _reset(model, int(classes)))
         return
     for head in heads:
@@ -236,6 +238,7 @@ def _fit_head(
         warnings.warn(
             f"{checkpoint.path.name} has a head of {classes} classes, and {wanted} were asked for: the head is new and "
             f"untrained",
+            AnypatchWarning,
             stacklevel=5,
         )
         usual = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
@@ -262,7 +265,9 @@ def _load_npz(
     classes = stored["head/bias"].shape[0] if "head/bias" in stored else 0
     if classes != getattr(model, "num_classes", classes) and "num_classes" not in host_kwargs:
         what = f"a head of {classes} classes" if classes else "no classification head"
-        warnings.warn(f"{checkpoint.path.name} has {what}, so the model has too ({arch})", stacklevel=5)
+        warnings.warn(
+            f"{checkpoint.path.name} has {what}, so the model has too ({arch})", AnypatchWarning, stacklevel=5
+        )
         empty(lambda: _reset(model, classes))
     _require_npz_fits(model, stored, checkpoint, arch)
     marks = {}
@@ -287,7 +292,9 @@ def _load_npz(
     if missing:
         raise CheckpointError(f"{checkpoint.path} does not fit {arch}: it lacks {_list(missing)}")
     if fresh:
-        warnings.warn(f"{checkpoint.path.name}: the head is new and untrained ({_list(fresh)})", stacklevel=5)
+        warnings.warn(
+            f"{checkpoint.path.name}: the head is new and untrained ({_list(fresh)})", AnypatchWarning, stacklevel=5
+        )
         with torch.no_grad():
             for name in fresh:
                 value = marks[name].zero_()

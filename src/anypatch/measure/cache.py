@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anypatch.errors import AnypatchWarning
+
 
 def default_folder() -> Path:
     """``$ANYPATCH_CACHE``, or ``anypatch`` in the user's cache folder."""
@@ -62,7 +64,7 @@ class Cache:
             with safe_open(str(path), "pt") as file:
                 return {n: file.get_tensor(n) for n in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            warnings.warn(f"damaged cache file {path.name} is computed again ({error})", stacklevel=2)
+            warnings.warn(f"damaged cache file {path.name} is computed again ({error})", AnypatchWarning, stacklevel=2)
             return None
 
     def store(self, key: str, name: str, tensors: dict[str, Tensor], text: dict[str, str]) -> None:
@@ -97,7 +99,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content())
         except OSError as error:
-            warnings.warn(f"features are not cached: {error}", stacklevel=2)
+            warnings.warn(f"features are not cached: {error}", AnypatchWarning, stacklevel=2)
             self.folder = None
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from anypatch import __version__
 from anypatch.adaptation import adapt, geometry, make_plan
 from anypatch.core.adapters import unwrap
-from anypatch.core.geometry import Geometry, Keep, SizeLike, target_geometry
-from anypatch.errors import AnypatchError, DataError, GeometryError, UnsupportedModelError
+from anypatch.core.geometry import NEAREST, Geometry, ImageSizeLike, Keep, SizeLike, target_geometry
+from anypatch.errors import AnypatchError, AnypatchWarning, DataError, GeometryError, UnsupportedModelError
 from anypatch.hosts import library
 from anypatch.measure.accuracy import (
     Accuracy,
@@ -145,7 +145,7 @@ def sweep(
     source: str | Path | nn.Module,
     patch_sizes: int | Sequence[SizeLike],
     *,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     keep: Keep = "image",
     data: Any = None,
     images: str | Path | None = None,
@@ -283,7 +283,7 @@ class _Notes:
     def add(self, note: str) -> None:
         if note not in self.all:
             self.all.append(note)
-            warnings.warn(note, stacklevel=3)
+            warnings.warn(note, AnypatchWarning, stacklevel=3)
 
     def skipped(self, name: str, images: ImageSet, failures: dict[int, str]) -> None:
         """Count and name unreadable images; said again only if more were found."""
@@ -651,7 +651,7 @@ def load_model(source: str | Path | nn.Module, arch: str | None, host_kwargs: di
 
 
 def geometries_of(
-    model: nn.Module, patch_sizes: Any, image_size: SizeLike | None, keep: Keep, kernel: Any
+    model: nn.Module, patch_sizes: Any, image_size: ImageSizeLike | None, keep: Keep, kernel: Any
 ) -> tuple[Geometry, list[Geometry]]:
     """The native geometry and the asked ones; every size that does not fit is in one message."""
     current = geometry(model)
@@ -660,7 +660,7 @@ def geometries_of(
     asked = [patch_sizes] if hasattr(patch_sizes, "__index__") else list(patch_sizes)
     if not asked:
         raise GeometryError("no patch sizes were given")
-    if current.image_size is None and image_size is None:
+    if current.image_size is None and image_size in (None, NEAREST):
         raise GeometryError(f"{type(model).__name__} takes any image size: say which with image_size")
     native = current
     if current.image_size is None:

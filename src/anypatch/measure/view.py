@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from anypatch.adaptation import adapt
-from anypatch.core.geometry import Keep, SizeLike
+from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.errors import AnypatchError, DataError
 from anypatch.measure.features import Reader, shared_colours
 from anypatch.measure.images import reason
@@ -32,7 +32,7 @@ def view(
     image: str | Path,
     patch_sizes: int | Sequence[SizeLike],
     *,
-    image_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
     keep: Keep = "image",
     kernel: Any = "wiener",
     arch: str | None = None,
@@ -104,6 +104,8 @@ def check_target(path: str | Path) -> Path:
 def _open(path: str | Path) -> Image:
     from PIL import Image as Pillow
 
+    if not Path(path).exists():
+        raise DataError(f"{path} does not exist: name an image file")
     try:
         with Pillow.open(path) as image:
             return image.convert("RGB")

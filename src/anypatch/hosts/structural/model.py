@@ -805,8 +805,11 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
 
 
 def build(name: str, **host_kwargs: Any) -> nn.Module:
-    """By the entry point's own ``pretrained=False``, which it has to have."""
-    return load(name, pretrained=False, **host_kwargs)
+    """By the entry point's own ``pretrained=False``; one that takes no such argument has no weights to leave out."""
+    try:
+        return load(name, pretrained=False, **host_kwargs)
+    except TypeError:
+        return load(name, **host_kwargs)
 
 
 def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:

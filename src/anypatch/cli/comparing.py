@@ -1,0 +1,159 @@
+"""Commands that compare patch sizes: ``sweep``, ``view`` and ``demo``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from anypatch.cli import options as o
+from anypatch.cli import output as out
+from anypatch.cli.progress import leads, working
+from anypatch.cli.targets import nothing_empty_left
+from anypatch.core.geometry import parse_image_size, parse_sizes
+from anypatch.errors import AnypatchError
+
+# typer reads annotations at run time, where Python 3.10 needs Optional.
+# ruff: noqa: UP045
+
+COLUMNS = ("patch_size", "image_size", "tokens", "gflops", "images_per_second", "peak_memory_mb")
+QUALITY = ("fidelity", "patch_fidelity", "neighbour_agreement", "accuracy")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(sweep)
+    app.command()(view)
+    app.command()(demo)
+
+
+def sweep(
+    source: o.Source,
+    patch_size: o.PatchSizes,
+    output: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.csv and report.html.")],
+    image_size: o.ImageSize = None,
+    keep: o.KeepOption = o.Keep.image,
+    data: Annotated[
+        Optional[str],
+        typer.Option(help="Labelled images: a folder train/CLASS and val/CLASS, or CLASS; or a Hugging Face dataset."),
+    ] = None,
+    images: Annotated[Optional[Path], typer.Option(help="A folder of images without labels.")] = None,
+    class_names: Annotated[
+        Optional[str],
+        typer.Option(help="For CLIP: a file with one name a line, or names with commas, in the order of the classes."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="At most so many images per split.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
+    workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,
+    device: o.Device = None,
+    cache: Annotated[Optional[Path], typer.Option(help="Folder for features; the user's cache by default.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
+    kernel: o.KernelOption = o.Kernel.wiener,
+    arch: o.Arch = None,
+    option: o.Options = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Compare patch sizes on your images: accuracy, fidelity, speed and memory, and an HTML report.
+
+    Start it with `accelerate launch -m anypatch sweep ...` to share the images among processes.
+    """
+    from anypatch.measure.sweep import sweep
+
+    sizes = parse_sizes(patch_size, "--patch-size")
+    image = None if image_size is None else parse_image_size(image_size, "--image-size")
+    command = " ".join(["anypatch", *(shlex.quote(a) for a in sys.argv[1:])])
+    try:
+        with nothing_empty_left(output), working(f"loading {source}", quiet) as progress:
+            result = sweep(
+                source,
+                sizes,
+                image_size=image,
+                keep=keep.value,
+                data=data,
+                images=images,
+                output=output,
+                class_names=class_names,
+                batch_size=batch_size,
+                num_workers=workers,
+                kernel=kernel.value,
+                arch=arch,
+                limit=limit,
+                device=device,
+                cache=False if no_cache else cache if cache is not None else True,
+                progress=progress,
+                reproduce=command,
+                **o.loader_options(option, None),
+            )
+    except AnypatchError:
+        if leads():
+            raise
+        raise typer.Exit(2) from None  # all processes raise the same error; one says it
+    if leads():
+        _show(result, output, json)
+
+
+def _show(result: Any, output: Path, json: bool) -> None:
+    from anypatch.report.page import COLUMNS as TITLES
+    from anypatch.report.page import format_number
+
+    if json:
+        out.as_json({**result.to_dict(), "output": str(output)})
+        return
+    used = [n for n in (*COLUMNS, *QUALITY) if any(row.get(n) is not None for row in result.rows)]
+    rows = [["-" if row.get(n) is None else format_number(n, row[n]) for n in used] for row in result.rows]
+    out.table([TITLES[n][0] if out.terminal() else n for n in used], rows, right=True)
+    if out.terminal():
+        out.line(f"report: {output / 'report.html'}")
+
+
+def view(
+    source: o.Source,
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    patch_size: o.PatchSizes,
+    output: Annotated[Path, typer.Option(help="The picture to write, such as out.png.")],
+    image_size: o.ImageSize = None,
+    keep: o.KeepOption = o.Keep.image,
+    kernel: o.KernelOption = o.Kernel.wiener,
+    arch: o.Arch = None,
+    option: o.Options = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Draw an image's patch grid and patch features at several patch sizes, side by side."""
+    from anypatch.measure.view import check_target, save_view, view
+
+    sizes = parse_sizes(patch_size, "--patch-size")
+    size = None if image_size is None else parse_image_size(image_size, "--image-size")
+    check_target(output)
+    with nothing_empty_left(output.parent), working(f"loading {source}", quiet):
+        picture = view(
+            source,
+            image,
+            sizes,
+            image_size=size,
+            keep=keep.value,
+            kernel=kernel.value,
+            arch=arch,
+            **o.loader_options(option, None),
+        )
+        saved = save_view(picture, output)
+    out.line(f"picture: {saved}")
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="The report to write.")] = Path("anypatch-demo.html"),
+    quiet: o.Quiet = False,
+) -> None:
+    """Adapt the embedded model to several patch sizes, offline, and show what each costs and keeps."""
+    from rich.console import Console
+
+    from anypatch.demo import run_demo, table
+
+    with nothing_empty_left(output.parent), working("measuring", quiet) as progress:
+        result = run_demo(output=output, progress=lambda done, total: progress("measuring", done, total))
+    # 100 columns in a pipe: the demo is read by people there, too, and its table is no wider
+    Console(width=None if out.terminal() else 100).print(table(result))
+    out.line(f"report: {output}")

@@ -1,0 +1,105 @@
+"""Commands that look at a model and write nothing: ``inspect`` and ``check``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from anypatch.cli import options as o
+from anypatch.cli import output
+from anypatch.cli.progress import working
+from anypatch.core.geometry import parse_image_size, parse_size, show
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(inspect)
+    app.command()(check)
+
+
+def load_source(source: str, options: list[str] | None, arch: str | None, weights: bool, quiet: bool) -> Any:
+    """The model at its native geometry; without weights where it has a name and they are not asked for."""
+    from pathlib import Path
+
+    from anypatch.sources import load
+
+    found = o.loader_options(options, arch)
+    if not weights and not Path(source).expanduser().is_file() and arch is None:
+        found.setdefault("pretrained", False)
+    with working(f"loading {source}" if weights else f"building {source}", quiet):
+        return load(source, **found)
+
+
+def inspect(
+    source: o.Source,
+    patch_size: o.PatchSize = None,
+    image_size: o.ImageSize = None,
+    keep: o.KeepOption = o.Keep.image,
+    weights: o.Weights = False,
+    arch: o.Arch = None,
+    option: o.Options = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Say what a model is and, with sizes, what adapting it would change: every tensor with its role."""
+    from anypatch.inspection import changes_for, inspect
+
+    patch = None if patch_size is None else parse_size(patch_size, "--patch-size")
+    image = None if image_size is None else parse_image_size(image_size, "--image-size")
+    model = load_source(source, option, arch, weights, quiet)
+    with working("inspecting", quiet):
+        facts = inspect(model)
+        asked = patch is not None or image is not None
+        changes = changes_for(model, patch, image, keep=keep.value) if asked else []
+    geometry = facts.geometry
+    if json:
+        found: dict[str, Any] = {"source": source, "class": facts.class_name, **output.geometry_json(geometry)}
+        found |= {"embedding": facts.embedding, "positions": facts.positions}
+        if asked:
+            found["changes"] = [{"name": c.name, "role": c.role, "old": c.old, "new": c.new} for c in changes]
+        output.as_json(found)
+        return
+    pairs = [
+        ("library", geometry.library),
+        ("class", facts.class_name),
+        ("patch size", show(geometry.patch_size)),
+        ("image size", show(geometry.image_size)),
+        ("grid", show(geometry.grid)),
+        ("prefix tokens", str(geometry.prefix_tokens)),
+        ("embedding", facts.embedding),
+        ("positions", facts.positions),
+    ]
+    output.values(pairs)
+    if asked:
+        rows = [(c.name, c.role, str(c.old), str(c.new)) for c in changes]
+        output.table(("name", "role", "old", "new"), rows, title=f"{len(changes)} changes")
+
+
+def check(
+    source: o.Source,
+    patch_size: o.OnePatchSize,
+    weights: o.Weights = False,
+    arch: o.Arch = None,
+    option: o.Options = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Prove on random weights that growing the patch preserves what the model computes."""
+    from anypatch.proof import check
+
+    patch = parse_size(patch_size, "--patch-size")
+    model = load_source(source, option, arch, weights, quiet)
+    with working("proving", quiet):
+        result = check(model, patch)
+    if json:
+        found = {"source": source, "patch_size": result.patch_size, "passed": result.passed}
+        output.as_json({**found, "error": result.error, "compared": result.compared})
+    else:
+        verdict = "PASS" if result.passed else "FAIL"
+        output.line(
+            f"{verdict} relative error {result.error:.1e} over {result.compared} outputs at patch "
+            f"{show(result.patch_size)}"
+        )
+    if not result.passed:
+        raise typer.Exit(1)

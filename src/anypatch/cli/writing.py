@@ -1,0 +1,116 @@
+"""Commands that write a model: ``adapt`` and ``convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anypatch.cli import options as o
+from anypatch.cli import output as out
+from anypatch.cli.models import load_source
+from anypatch.cli.progress import working
+from anypatch.cli.targets import nothing_empty_left, require_format, require_target
+from anypatch.core.geometry import Geometry, parse_image_size, parse_size, show
+from anypatch.errors import GeometryError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(adapt)
+    app.command()(convert)
+
+
+def adapt(
+    source: o.Source,
+    output: o.Folder,
+    patch_size: o.PatchSize = None,
+    image_size: o.ImageSize = None,
+    keep: o.KeepOption = o.Keep.image,
+    kernel: o.KernelOption = o.Kernel.wiener,
+    positions: o.PositionsOption = o.Positions.antialias,
+    arch: o.Arch = None,
+    option: o.Options = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Load a model, change its patch size or image size, and save it in its library's own format."""
+    from anypatch.adaptation import adapt, geometry
+    from anypatch.sources import save
+
+    sizes = _sizes(patch_size, image_size)
+    require_target(output, source, overwrite)
+    model = load_source(source, option, arch, True, quiet)
+    before = geometry(model)
+    require_format(output, before.library)
+    with working("adapting", quiet):
+        adapt(model, *sizes, keep=keep.value, kernel=kernel.value, positions=positions.value)
+    after = geometry(model)
+    with nothing_empty_left(output), working(f"writing {output}", quiet):
+        save(model, output)
+    if json:
+        found = {"source": source, "output": str(output)}
+        out.as_json({**found, "before": out.geometry_json(before), "after": out.geometry_json(after)})
+    else:
+        out.line(f"{_steps(before, after)}: {output}")
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint file, or a directory of transformers, timm or open_clip.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file or the directory to write.")],
+    patch_size: o.PatchSize = None,
+    image_size: o.ImageSize = None,
+    keep: o.KeepOption = o.Keep.image,
+    kernel: o.KernelOption = o.Kernel.wiener,
+    positions: o.PositionsOption = o.Positions.antialias,
+    arch: o.Arch = None,
+    link: Annotated[bool, typer.Option(help="Hard-link files that do not change instead of copying them.")] = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Convert file to file, without loading the model: only what follows the geometry is computed."""
+    from anypatch.conversion import convert
+    from anypatch.hosts.door import speaking_for
+
+    patch, image = _sizes(patch_size, image_size)
+    require_target(target, str(source), overwrite)
+    with nothing_empty_left(target), working(f"writing {target}", quiet), speaking_for("the host library", str(source)):
+        convert(
+            source,
+            target,
+            patch,
+            image,
+            keep=keep.value,
+            kernel=kernel.value,
+            positions=positions.value,
+            arch=arch,
+            link=link,
+        )
+    if json:
+        out.as_json({"source": str(source), "target": str(target), "patch_size": patch, "image_size": image})
+    else:
+        out.line(f"wrote {target}")
+
+
+def _sizes(patch_size: str | None, image_size: str | None) -> tuple[Any, Any]:
+    """The sizes that were typed.
+
+    Raises:
+        GeometryError: none was, or one is no size.
+    """
+    if patch_size is None and image_size is None:
+        raise GeometryError("nothing to change: give --patch-size, --image-size or both")
+    patch = None if patch_size is None else parse_size(patch_size, "--patch-size")
+    return patch, None if image_size is None else parse_image_size(image_size, "--image-size")
+
+
+def _steps(before: Geometry, after: Geometry) -> str:
+    names = ("patch", "image", "grid")
+    pairs = zip(names, (before.patch_size, before.image_size, before.grid), strict=True)
+    new = (after.patch_size, after.image_size, after.grid)
+    return ", ".join(f"{name} {show(old)} -> {show(now)}" for (name, old), now in zip(pairs, new, strict=True))

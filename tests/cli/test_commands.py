@@ -1,0 +1,403 @@
+"""The command line: exit statuses, one-line errors, what is written, what a pipe and a narrow terminal get."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import anypatch as package
+from anypatch import cli
+from anypatch.cli import output, progress
+from anypatch.cli.options import read_value
+from anypatch.errors import AnypatchWarning
+
+VIT = ["timm:test_vit", "-o", "pretrained=false"]
+
+
+class Anypatch:
+    """Runs command lines in this process, as `main` does."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str) -> SimpleNamespace:
+        self.capsys.readouterr()
+        self.monkeypatch.setattr(sys, "argv", ["anypatch", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = self.capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=captured.out, stderr=captured.err)
+
+
+@pytest.fixture
+def anypatch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Anypatch:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    return Anypatch(capsys, monkeypatch)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 80 columns."""
+    monkeypatch.setattr(output, "terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_version(anypatch: Anypatch) -> None:
+    assert anypatch("--version").stdout == f"anypatch {package.__version__}\n"
+    assert package.__version__ == "0.2.0"
+
+
+def test_inspect_says_what_the_model_is(anypatch: Anypatch) -> None:
+    result = anypatch("inspect", *VIT)
+    assert result.returncode == 0, result.stderr
+    for text in ("timm", "VisionTransformer", "16x16", "160x160", "10x10", "patch projection", "absolute positions"):
+        assert text in result.stdout
+
+
+def test_inspect_lists_what_would_change(anypatch: Anypatch) -> None:
+    result = anypatch("inspect", *VIT, "--patch-size", "8x32")
+    assert result.returncode == 0, result.stderr
+    flat = result.stdout.replace("\n", " ")
+    for text in ("pos_embed", "(64, 3, 16, 16)", "(64, 3, 8, 32)", "10x10 tokens"):
+        assert text in flat
+
+
+def test_adapt_writes_a_directory_that_timm_loads(anypatch: Anypatch, tmp_path: Path) -> None:
+    result = anypatch("adapt", *VIT, "--patch-size", "32", "--keep", "grid", "--output", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "16x16 -> 32x32" in result.stdout.replace("\n", "")
+    code = f"""
+import sys; sys.modules["anypatch"] = None
+import timm, torch
+m = timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True).eval()
+torch.manual_seed(0)
+torch.save(m(torch.randn(1, 3, 320, 320)), "{tmp_path / "y.pt"}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert model.patch_embed.patch_size == (32, 32)
+    torch.manual_seed(0)
+    assert_close(model(torch.randn(1, 3, 320, 320)), torch.load(tmp_path / "y.pt", weights_only=True))
+
+
+def test_check_passes_and_says_so(anypatch: Anypatch) -> None:
+    result = anypatch("check", *VIT, "--patch-size", "24")
+    assert result.returncode == 0, result.stderr
+    assert "PASS" in result.stdout
+
+
+def test_a_failed_check_exits_with_one(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anypatch import proof
+
+    monkeypatch.setattr(proof, "check", lambda model, patch: proof.Check(float("inf"), False, 1, (32, 32)))
+    result = anypatch("check", *VIT, "--patch-size", "32")
+    assert result.returncode == 1
+    assert "FAIL" in result.stdout
+    result = anypatch("check", *VIT, "--patch-size", "32", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["error"] is None  # JSON has no infinity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", *VIT, "--patch-size", "33"], "use image_size 132x132 or 165x165, or patch_size 32x32 or 40x40"),
+        (["inspect", *VIT, "--patch-size", "33"], "--image-size nearest"),
+        (["inspect", *VIT, "--patch-size", "big"], "'big'"),
+        (["adapt", *VIT, "--patch-size", "16,32", "--output", "x"], "a rectangle is 16x32"),
+        (["inspect", "nonsense"], "timm:NAME"),
+        (["inspect", "vit_tiny_patch16_224"], "did you mean timm:vit_tiny_patch16_224"),
+        (["inspect", "timm:no_such_model", "-o", "pretrained=false"], "no_such_model"),
+        (["adapt", *VIT, "--output", "x"], "--patch-size"),
+        (["inspect", *VIT, "-o", "pretrained"], "KEY=VALUE"),
+        (["inspect", *VIT, "-o", "depht=3"], "depht"),
+        (["check", *VIT, "--patch-size", "8"], "smaller"),
+        (["check", "timm:resnet18", "-o", "pretrained=false", "--patch-size", "8"], "error:"),
+        (["sweep", *VIT, "--patch-size", "16", "--output", "a/b", "--keep", "foo"], "'foo'"),
+        (["sweep", *VIT, "--patch-size", "8,,16", "--output", "a/b"], "8,14,16x32"),
+        (["sweep", *VIT, "--patch-size", "33", "--output", "a/b"], "does not divide"),
+        (["sweep", *VIT, "--patch-size", "16", "--images", "nowhere", "--output", "a/b"], "nowhere"),
+        (["view", *VIT, "nowhere.png", "--patch-size", "16", "--output", "a/b.png"], "nowhere.png"),
+        (["adapt", "timm:test_vit4", "--patch-size", "8", "--output", "a/b/c"], "pretrained=False"),
+        (["convert", "nowhere", "a/b", "--patch-size", "8"], "does not exist"),
+        (["frobnicate"], "frobnicate"),
+        (["adapt", *VIT, "--patch-size", "8"], "--output"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_two(
+    arguments: list[str], message: str, anypatch: Anypatch, tmp_path: Path
+) -> None:
+    result = anypatch(*arguments)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert message in lines[0]
+    assert result.stderr.count("error:") == 1
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_raises_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["inspect", "nonsense", "--debug"], ["--debug", "inspect", "nonsense"]):
+        monkeypatch.setattr(sys, "argv", ["anypatch", *arguments])
+        with pytest.raises(package.UnsupportedModelError, match="'nonsense'"):
+            cli.main()
+
+
+# -- what is there already ---------------------------------------------------------------------------------------
+
+
+def test_nothing_is_replaced_unasked(anypatch: Anypatch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = anypatch("adapt", *VIT, "--patch-size", "32", "--output", "out")
+    assert first.returncode == 0, first.stderr
+    kept = {p.name: p.read_bytes() for p in out.iterdir()}
+    for again in (
+        ["adapt", *VIT, "--patch-size", "8", "--output", "out"],
+        ["adapt", "out", "--patch-size", "8", "--output", "out"],
+        ["adapt", "timm:local-dir:out", "--patch-size", "8", "--output", "out"],
+        ["convert", "out", "out", "--patch-size", "8"],
+        ["convert", "out/model.safetensors", "out/model.safetensors", "--patch-size", "8"],
+    ):
+        result = anypatch(*again)
+        assert result.returncode == 2
+        assert "--overwrite" in result.stderr
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == kept
+    result = anypatch("adapt", "out", "--patch-size", "8", "--output", "out", "--overwrite")
+    assert result.returncode == 0, result.stderr
+    assert package.geometry(package.load(out)).patch_size == (8, 8)
+    result = anypatch("convert", "out", "out", "--patch-size", "16", "--overwrite")
+    assert result.returncode == 0, result.stderr
+    assert package.geometry(package.load(out)).patch_size == (16, 16)
+
+
+def test_an_empty_directory_is_free(anypatch: Anypatch, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert anypatch("adapt", *VIT, "--patch-size", "32", "--output", "out").returncode == 0
+
+
+def test_formats_are_not_mixed(anypatch: Anypatch, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "dinov2"}')
+    for overwrite in ([], ["--overwrite"]):
+        result = anypatch("adapt", *VIT, "--patch-size", "32", "--output", "hf", *overwrite)
+        assert result.returncode == 2
+        assert [p.name for p in (tmp_path / "hf").iterdir()] == ["config.json"]
+    assert "transformers" in result.stderr
+
+
+# -- values of options -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("False", False),
+        ("false", False),
+        ("True", True),
+        ("true", True),
+        ("None", None),
+        ("null", None),
+        ("10", 10),
+        ("1e-3", 1e-3),
+        ("[1, 2]", [1, 2]),
+        ("(1, 2)", (1, 2)),
+        ('{"a": True}', {"a": True}),
+        ("{'a': 1}", {"a": 1}),
+        ('"False"', "False"),
+        ("openai", "openai"),
+        ("__import__('os')", "__import__('os')"),
+        ("(" * 5000, "(" * 5000),
+        ("", ""),
+    ],
+)
+def test_values_are_read_as_python_and_json_write_them(text: str, value: object) -> None:
+    found = read_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_no_weights_are_loaded_unless_asked(anypatch: Anypatch) -> None:
+    """No network here: `timm:vit_tiny_patch16_224` cannot be downloaded."""
+    assert "224x224" in anypatch("inspect", "timm:vit_tiny_patch16_224").stdout
+    result = anypatch("inspect", "timm:vit_tiny_patch16_224", "--weights")
+    assert result.returncode == 2
+    assert "without a network" in result.stderr
+    result = anypatch("adapt", "open_clip:ViT-B-32", "--patch-size", "16", "--output", "x")
+    assert result.returncode == 2
+    assert "open_clip:ViT-B-32/TAG: openai" in result.stderr
+
+
+def test_an_entry_point_without_the_option_is_built_as_it_is(anypatch: Anypatch, tmp_path: Path) -> None:
+    (tmp_path / "hubconf.py").write_text(
+        "import timm\ndef one():\n    return timm.create_model('test_vit')\n"
+        "def two(pretrained=True):\n    assert not pretrained\n    return timm.create_model('test_vit')\n"
+    )
+    for name in ("one", "two"):
+        result = anypatch("inspect", f"hub:{tmp_path}:{name}")
+        assert result.returncode == 0, result.stderr
+        assert "VisionTransformer" in result.stdout
+
+
+# -- for programs ------------------------------------------------------------------------------------------------
+
+
+def test_json(anypatch: Anypatch, tmp_path: Path) -> None:
+    found = json.loads(anypatch("inspect", *VIT, "--json").stdout)
+    assert found["patch_size"] == [16, 16]
+    assert found["grid"] == [10, 10]
+    assert found["library"] == "timm"
+    assert "changes" not in found
+    found = json.loads(anypatch("inspect", *VIT, "--json", "--patch-size", "32").stdout)
+    changes = {c["name"]: c for c in found["changes"]}
+    assert changes["patch_embed.proj.weight"]["role"] == "patch projection"
+    found = json.loads(anypatch("check", *VIT, "--json", "--patch-size", "32").stdout)
+    assert found["passed"] is True
+    assert 0 < found["error"] < 1e-4
+    result = anypatch("adapt", *VIT, "--json", "--patch-size", "33", "--image-size", "nearest", "--output", "out")
+    found = json.loads(result.stdout)
+    assert found["before"]["image_size"] == [160, 160]
+    assert found["after"] == {
+        "patch_size": [33, 33], "image_size": [165, 165], "grid": [5, 5], "prefix_tokens": 1, "library": "timm"
+    }  # fmt: skip
+    result = anypatch("convert", "out", "there", "--patch-size", "11", "--image-size", "nearest", "--json")
+    assert json.loads(result.stdout)["target"] == "there"
+    assert package.geometry(package.load(tmp_path / "there")).grid == (15, 15)
+
+
+def test_sweep_and_view_take_the_nearest_size_and_print_lines(anypatch: Anypatch, tmp_path: Path) -> None:
+    from pictures import image_folder
+
+    folder = image_folder(tmp_path / "photos", 2)
+    common = ["--patch-size", "16,33", "--image-size", "nearest"]
+    small = ["--images", str(folder), "--no-cache", "--batch-size", "2", "--device", "cpu", "--workers", "0"]
+    result = anypatch("sweep", *VIT, *common, *small, "--output", "swept", "--quiet")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    head, *rows = (line.split("\t") for line in result.stdout.splitlines())
+    assert head[:2] == ["patch_size", "image_size"]
+    assert [row[:2] for row in rows] == [["16", "160"], ["33", "165"]]
+    assert all(len(row) == len(head) for row in rows)
+    found = json.loads(anypatch("sweep", *VIT, *common, *small, "--output", "swept", "--quiet", "--json").stdout)
+    assert [row["image_size"] for row in found["rows"]] == [160, 165]
+    picture = next(folder.glob("*/*.png"))
+    result = anypatch("view", *VIT, str(picture), *common, "--output", "seen/v.png")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "seen" / "v.png").is_file()
+
+
+def test_a_pipe_gets_whole_words(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = anypatch("inspect", *VIT, "--patch-size", "32").stdout.splitlines()
+    assert "patch_embed.proj.weight\tpatch projection\t(64, 3, 16, 16)\t(64, 3, 32, 32)" in lines
+    assert "patch size\t16x16" in lines
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_terminal_of_80_columns_gets_whole_words(anypatch: Anypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = anypatch("inspect", *VIT, "--patch-size", "32").stdout
+    for word in ("patch_embed.proj.weight", "absolute positions (1 + 10x10 tokens)", "(64, 3, 32, 32)"):
+        assert word in shown
+    output.table(("patch", "fidelity"), [("8", "0.98"), ("16", "1.00")], right=True)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in table] == [["patch", "fidelity"], ["8", "0.98"], ["16", "1.00"]]
+    names = ["patch", *(f"measurement {i}" for i in range(10))]
+    output.table(names, [[str(i) for i in range(11)]], right=True)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_completion_is_offered(anypatch: Anypatch) -> None:
+    assert "--install-completion" in anypatch("--help").stdout
+
+
+# -- while it works ----------------------------------------------------------------------------------------------
+
+
+def test_a_log_says_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Log("loading", every=0.05) as log:
+        time.sleep(0.12)
+        log.report("patch 16, photos", 3, 9)
+        time.sleep(0.12)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("loading (")
+    assert lines[-1].startswith("patch 16, photos: 3 of 9 (")
+    assert 2 <= len(lines) <= 5
+    with progress.Log("loading"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""  # what is quick says nothing
+    with progress.working("loading", quiet=True) as report:
+        report("x", 1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_notes_are_ours_by_their_class_not_by_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    def warn(category: type[Warning], path: str) -> None:
+        warnings.warn_explicit("the head is new", category, path, 1)
+
+    with progress.notes():
+        warn(AnypatchWarning, "/somewhere/else.py")
+        warn(UserWarning, "/envs/anypatch/lib/python/site-packages/other/x.py")
+    assert capsys.readouterr().err == "note: the head is new\n"
+    with progress.notes(quiet=True):
+        warn(AnypatchWarning, "/x.py")
+    assert capsys.readouterr().err == ""
+    with progress.notes(debug=True):
+        warn(UserWarning, "/other.py")
+    assert "UserWarning: the head is new" in capsys.readouterr().err
+
+
+def test_every_warning_of_the_package_is_of_its_class() -> None:
+    import ast
+
+    for path in (Path(package.__file__).parent).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                assert "AnypatchWarning" in ast.unparse(node), f"{path}:{node.lineno}"
+
+
+def test_ctrl_c_is_130_and_a_word(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anypatch.sources.load", interrupt)
+    result = anypatch("inspect", *VIT)
+    assert result.returncode == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_a_reader_who_leaves_ends_it_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "anypatch", "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert done.returncode in (1, 141)  # 1 where the help is printed, by typer itself
+    assert done.stderr == ""
+
+
+def test_what_nobody_expected_is_still_one_line(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("anypatch.sources.load", fail)
+    result = anypatch("inspect", *VIT)
+    assert result.returncode == 2
+    assert result.stderr == "error: RuntimeError: two lines (--debug shows where)\n"
