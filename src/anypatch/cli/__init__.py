@@ -1,7 +1,8 @@
 """The command line: ``anypatch inspect | check | adapt | convert | sweep | view | demo``.
 
 Exit statuses: 0 for success, 1 for a check that fails, 2 for an error, 130 for Ctrl-C, 141 for a pipe whose reader
-left (typer's own 1 for --help). Results go to standard output; progress, notes and errors to standard error, an error on one line.
+left (typer's own 1 for --help). Results go to standard output; progress, notes and errors to standard error, an error
+on one line.
 """
 
 from __future__ import annotations

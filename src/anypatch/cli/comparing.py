@@ -113,6 +113,7 @@ def _show(result: Any, output: Path, json: bool) -> None:
 def view(
     source: o.Source,
     image: Annotated[Path, typer.Argument(help="An image file.")],
+    *,
     patch_size: o.PatchSizes,
     output: Annotated[Path, typer.Option(help="The picture to write, such as out.png.")],
     image_size: o.ImageSize = None,

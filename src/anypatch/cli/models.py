@@ -33,6 +33,7 @@ def load_source(source: str, options: list[str] | None, arch: str | None, weight
 
 def inspect(
     source: o.Source,
+    *,
     patch_size: o.PatchSize = None,
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
@@ -78,6 +79,7 @@ def inspect(
 
 def check(
     source: o.Source,
+    *,
     patch_size: o.OnePatchSize,
     weights: o.Weights = False,
     arch: o.Arch = None,
