@@ -19,7 +19,7 @@ from anypatch import GeometryError, UnsupportedModelError
 from anypatch.adaptation import describe, host
 from anypatch.core.geometry import Geometry
 from anypatch.core.kernels import Pi
-from anypatch.hosts.transformers.model import _facts, patchify
+from anypatch.hosts.transformers.feeding import patchify
 from anypatch.hosts.transformers.processors import follow, resized
 from anypatch.proof import check, enlarge, randomise, tensors
 from families.transformers import families, tiny
@@ -298,7 +298,7 @@ PLAIN = {
 
 def declared(name: str) -> str:
     """The order that the library's file declares for a family's stem."""
-    (order,) = set(_facts(FAMILIES[name].build()).orders.values())
+    (order,) = set(describe(FAMILIES[name].build()).facts.orders.values())
     return order
 
 

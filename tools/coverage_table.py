@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ from families import LIBRARIES, Family, families
 
 PASS, REFUSED, NOT_YET = "PASS", "REFUSED", "NOT YET"
 PACKAGES = ("torch", "accelerate", "timm", "transformers", "diffusers", "open_clip_torch", "torchvision")
+MEASURED = Path(__file__).parents[1] / "src/anypatch/hosts/transformers/measured.json"
 HEADER = ("library", "family", "patch embedding", "positions", "patch", "error", "result")
 
 
@@ -126,14 +128,51 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def measure(chosen: Iterable[Family]) -> str:
+    """What a plain run of transformers' tiny models tells of their types, as the text of ``measured.json``.
+
+    For each fact and model type: whether all of its models, none of them, or some have it.
+    """
+    from anypatch.hosts.transformers.model import describe
+    from anypatch.hosts.transformers.probing import FACTS, measure_one
+
+    seen: dict[str, dict[str, set[bool]]] = {fact: {} for fact in FACTS}
+    for family in chosen:
+        if family.refused:
+            continue
+        for fact in FACTS:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.manual_seed(0)
+                model = family.build()
+                kinds, found = describe(model).kinds, measure_one(model, fact)
+            for kind in kinds if found is not None else ():
+                seen[fact].setdefault(kind, set()).add(found)
+    answers = {
+        fact: {
+            "always": sorted(kind for kind, found in types.items() if found == {True}),
+            "never": sorted(kind for kind, found in types.items() if found == {False}),
+            "sometimes": sorted(kind for kind, found in types.items() if len(found) > 1),
+        }
+        for fact, types in seen.items()
+    }
+    return json.dumps(answers, indent=2) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 1 if any family is not covered yet."""
     parser = argparse.ArgumentParser(prog="python -m coverage_table", description=__doc__)
     parser.add_argument("--library", action="append", choices=LIBRARIES, help="only this library; may be repeated")
     parser.add_argument("--family", help="only families whose name contains this")
     parser.add_argument("--output", type=Path, help="default: docs/coverage.md, unless the run is a part only")
+    parser.add_argument("--measure", action="store_true", help="write what transformers' models tell by a plain run")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+    if options.measure:
+        from families.transformers import variants
+
+        MEASURED.write_text(measure([*families("transformers"), *variants()]), encoding="utf-8")
+        return 0
     rows = []
     for family in families(*(options.library or ())):
         if options.family and options.family not in family.name:

@@ -97,6 +97,17 @@ def _plain() -> Iterator[Family]:
               pred_hidden_size=36, pred_num_attention_heads=2, pred_num_hidden_layers=1, mlp_ratio=2)  # fmt: skip
 
 
+def variants() -> Iterator[Family]:
+    """Models that are no rows of the table, but tell more of what a class takes for a square."""
+
+    def row(name: str, model: str, config: str, **fields: Any) -> Family:
+        return Family("transformers", name, lambda: _build(model, config, {**ENCODER, **fields}), CONV, "")
+
+    yield row("data2vec-vision absolute", "Data2VecVisionModel", "Data2VecVisionConfig",
+              use_absolute_position_embeddings=True)  # fmt: skip
+    yield row("deit masked image modelling", "DeiTForMaskedImageModeling", "DeiTConfig", encoder_stride=4)
+
+
 def _module(kind: str, file: str = "") -> Any:
     return importlib.import_module(f"transformers.models.{kind}.modeling_{file or kind}")
 

@@ -1,0 +1,161 @@
+"""transformers' own formats: loading by its loaders, and writing what ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anypatch.core.empty import empty
+from anypatch.core.geometry import Geometry
+from anypatch.errors import UnsupportedModelError
+from anypatch.hosts.rebuilding import require_rebuilds
+from anypatch.hosts.transformers.model import make, subject
+from anypatch.hosts.transformers.processors import follow, resized
+
+# What `load` read, so that `save` can write the processors that lay beside it: source and geometry at that time.
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, tuple[str, Geometry]] = weakref.WeakKeyDictionary()
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def load(name: str, **host_kwargs: Any) -> nn.Module:
+    """Load by transformers' own loader, as the class that the checkpoint was saved from.
+
+    Args:
+        name: an identifier on the hub, or a directory.
+        **host_kwargs: ``model_class`` chooses another class; the rest is ``from_pretrained``'s.
+    """
+    import transformers
+
+    if host_kwargs.get("pretrained") is True:
+        del host_kwargs["pretrained"]
+    kind = _given_class(host_kwargs)
+    if kind is None:
+        about = {k: v for k, v in host_kwargs.items() if k in HUB}
+        kind = _saved_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
+    model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
+    with contextlib.suppress(UnsupportedModelError, ReferenceError):
+        _SOURCES[model] = (name, subject(model).geometry)
+    return model
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    """By the configuration alone; further arguments are fields of it."""
+    import transformers
+
+    kind = _given_class(host_kwargs)
+    making: dict[str, Any] = {
+        k: host_kwargs.pop(k) for k in ("dtype", "torch_dtype", "attn_implementation") if k in host_kwargs
+    }
+    config = host_kwargs.pop("config", None)
+    unknown: dict[str, Any] = {}
+    if config is None:
+        config, unknown = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **host_kwargs)
+    unknown = {k: v for k, v in unknown.items() if k not in HUB}
+    if unknown:
+        raise UnsupportedModelError(f"the configuration of {name} has no {', '.join(unknown)}")
+    kind = kind or _saved_class(config)
+    if kind is not None:
+        return kind._from_config(config, **making).eval()
+    if "trust_remote_code" in host_kwargs:
+        making["trust_remote_code"] = host_kwargs["trust_remote_code"]
+    return transformers.AutoModel.from_config(config, **making).eval()
+
+
+def _given_class(host_kwargs: dict[str, Any]) -> Any:
+    """The class that ``model_class=`` chooses, as a class or by its name."""
+    import transformers
+
+    kind = host_kwargs.pop("model_class", None)
+    if not isinstance(kind, str):
+        return kind
+    found = getattr(transformers, kind, None)
+    if found is None:
+        raise UnsupportedModelError(f"transformers has no class {kind!r}")
+    return found
+
+
+def _saved_class(config: Any) -> Any:
+    """The class that a checkpoint was saved from, where its configuration names one that is the library's own."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], None) if names else None
+
+
+HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder", "force_download")
+
+
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
+    """Write what ``from_pretrained`` reads.
+
+    Args:
+        model: the model.
+        directory: where to.
+        **extras: ``processor``, an image, video or feature processor, or one that holds some, which is saved beside
+            the model with sizes that fit it; without it, the one in the directory that ``anypatch.load`` read. The
+            rest is ``save_pretrained``'s.
+    """
+    processor = extras.pop("processor", None)
+    model.save_pretrained(str(directory), **extras)  # type: ignore[operator]
+    _require_loads(model, directory)
+    name, old = _SOURCES.get(model, (str(getattr(model.config, "_name_or_path", "") or ""), None))
+    new = subject(model).geometry
+    if processor is None and name and Path(name).is_dir():
+        for file in PROCESSOR_FILES:
+            if (Path(name) / file).is_file():
+                text = resized(json.loads((Path(name) / file).read_text()), old or _saved_geometry(name), new)
+                (directory / file).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+    elif processor is not None:
+        if old is None and name and Path(name).is_dir():
+            old = _saved_geometry(name)
+        follow(processor, old, new).save_pretrained(str(directory))
+
+
+def _require_loads(model: Any, directory: Path) -> None:
+    """What transformers builds from the written configuration has to take the written tensors."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return  # layers are replaced on loading, by a quantiser that may need its own hardware
+
+    def build() -> nn.Module:
+        return make(type(model), type(model.config).from_pretrained(str(directory)))
+
+    def names(built: Any) -> dict[str, tuple[int, ...]]:
+        state = built.state_dict()
+        with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
+            from transformers.core_model_loading import revert_weight_conversion
+
+            built._weight_conversions = getattr(model, "_weight_conversions", None)
+            state = revert_weight_conversion(built, state)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    require_rebuilds(directory, model, build, f"transformers' {type(model).__name__}", names, _optional)
+
+
+def _optional(built: Any) -> Callable[[str], bool]:
+    """Tensors that transformers does not write: those it ties to others, or computes."""
+    tied: dict[int, list[str]] = {}
+    for name, tensor in built.state_dict(keep_vars=True).items():
+        tied.setdefault(id(tensor), []).append(name)
+    shared = {name for names in tied.values() if len(names) > 1 for name in names}
+    ignored = [*(getattr(built, "_keys_to_ignore_on_save", None) or ())]
+    ignored += getattr(built, "_keys_to_ignore_on_load_missing", None) or ()
+    return lambda name: name in shared or any(name == key or re.search(key, name) for key in ignored)
+
+
+def _saved_geometry(name: str) -> Geometry | None:
+    """The geometry of the checkpoint in a directory, without its weights."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        return subject(empty(lambda: make(kind, config))).geometry
+    except (OSError, ValueError, AttributeError, UnsupportedModelError):
+        return None

@@ -1,0 +1,120 @@
+"""Facts by row: every key is a model type of the installed library, and what can be measured is measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    BeitConfig,
+    BeitModel,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
+
+import anypatch
+from anypatch import GeometryError, UnsupportedModelError
+from anypatch.hosts.transformers import facts
+from anypatch.hosts.transformers.facts import ROWS, measured, takes_squares_only
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}
+
+
+def installed_types() -> set[str]:
+    """Model types of all configuration classes, those inside others included."""
+    found = set()
+    for package in pkgutil.iter_modules(transformers.models.__path__):
+        module = importlib.import_module(f"transformers.models.{package.name}")
+        for file in pkgutil.iter_modules(module.__path__):
+            if file.name.startswith("configuration_"):
+                inner = importlib.import_module(f"{module.__name__}.{file.name}")
+                found |= {getattr(value, "model_type", "") for value in vars(inner).values() if isinstance(value, type)}
+    return found
+
+
+@pytest.mark.slow
+def test_every_key_is_a_type_of_the_library() -> None:
+    types = installed_types()
+    named = {*ROWS, *(kind for answers in measured().values() for kinds in answers.values() for kind in kinds)}
+    assert not named - types
+
+
+def test_rows_say_something() -> None:
+    assert [kind for kind, row in ROWS.items() if row == facts.Row()] == []
+    for answers in measured().values():
+        kinds = [kind for found in answers.values() for kind in found]
+        assert len(kinds) == len(set(kinds))
+
+
+def test_a_type_that_begins_like_a_known_one_has_no_row() -> None:
+    class New(ViTConfig):
+        model_type = "beit_of_the_future"
+
+    assert facts.row(New()) == facts.Row()
+    assert takes_squares_only("square_grid", ("beit_of_the_future",)) is None
+
+
+def beit(**over: Any) -> Any:
+    return BeitModel(BeitConfig(patch_size=4, **SIZES, **over))
+
+
+def future(cls: Any, config: Any, fields: dict[str, Any]) -> Any:
+    """A model of a type that nobody has measured."""
+
+    class New(config):  # type: ignore[misc]
+        model_type = "a_type_of_the_future"
+
+    return cls(New(patch_size=4, **SIZES, **fields))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "config", "fields", "square"),
+    [
+        (ViTModel, ViTConfig, {}, False),
+        (ViTForMaskedImageModeling, ViTConfig, {"encoder_stride": 4}, True),
+        (BeitModel, BeitConfig, {"use_relative_position_bias": True}, False),
+        (BeitModel, BeitConfig, {"use_absolute_position_embeddings": True}, True),
+        (ViTMAEForPreTraining, ViTMAEConfig, {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2,
+                                              "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 16}, True),
+    ],
+)  # fmt: skip
+def test_classes_that_take_a_grid_for_a_square_are_found_by_a_run(
+    known: bool, cls: Any, config: Any, fields: dict[str, Any], square: bool
+) -> None:
+    """Within one type classes and options differ; of a type that is not known nothing is written down."""
+    model = cls(config(patch_size=4, **SIZES, **fields)) if known else future(cls, config, fields)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if square:
+        with pytest.raises(GeometryError, match=r"\d+x\d+ grid|square"):
+            anypatch.adapt(model, image_size=(8, 32))  # 2 x 8: as many tokens as 4 x 4, a square number
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    else:
+        anypatch.adapt(model, image_size=(8, 32))
+        assert anypatch.geometry(model).grid == (2, 8)
+        model(torch.zeros(1, 3, 8, 32))
+
+
+def test_square_patches_of_an_unknown_type_are_found_by_a_run() -> None:
+    from transformers import DPTConfig, DPTModel
+
+    fields = {"backbone_out_indices": [0], "neck_hidden_sizes": [8], "reassemble_factors": [1]}
+    with pytest.raises(UnsupportedModelError, match="only square patches"):
+        anypatch.adapt(future(DPTModel, DPTConfig, fields), (4, 8))
+    anypatch.adapt(future(ViTModel, ViTConfig, {}), (4, 8))
+
+
+@pytest.mark.slow
+def test_the_measured_file_is_what_a_fresh_run_gives() -> None:
+    from coverage_table import measure
+    from families.transformers import families, variants
+
+    assert json.loads(measure([*families(), *variants()])) == measured()
