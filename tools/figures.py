@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import anypatch
 import dinov2
-from anypatch.measure.features import Colours
+from anypatch.report.colours import Colours
 
 PATCHES = (7, 10, 14, 20, 28)
 GRID = 32

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.adaptation import adapt, describe, host
+from anypatch.core.display import facts_table
 from anypatch.core.geometry import Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
 from anypatch.errors import GeometryError, UnsupportedModelError
@@ -41,6 +42,17 @@ class Check:
     passed: bool
     compared: int
     patch_size: Size
+
+    def _repr_html_(self) -> str:
+        """The result as a table, in a notebook."""
+        facts = {
+            "passed": "yes" if self.passed else "no",
+            "relative error": f"{self.error:.2g}",
+            "tolerance": f"{TOLERANCE:g}",
+            "outputs compared": self.compared,
+            "patch size": show(self.patch_size),
+        }
+        return facts_table("Check", facts)
 
 
 @torch.no_grad()

@@ -58,6 +58,16 @@ class Geometry:
             return None
         return tuple(i // p for i, p in zip(self.image_size, self.patch_size, strict=True))
 
+    def _repr_html_(self) -> str:
+        """The geometry as a table, in a notebook."""
+        from anypatch.core.display import facts_table
+
+        facts = {"patch size": show(self.patch_size), "image size": show(self.image_size), "grid": show(self.grid)}
+        if self.overlapping:
+            facts["kernel size"] = show(self.kernel_size)
+        facts |= {"prefix tokens": str(self.prefix_tokens), "library": self.library}
+        return facts_table("Geometry", facts)
+
     @property
     def overlapping(self) -> bool:
         """Whether neighbouring patches share pixels (kernel larger than stride)."""

@@ -132,8 +132,10 @@ def _array(image: Any) -> np.ndarray:
     if isinstance(image, str | Path):
         from PIL import Image
 
+        from anypatch.core.pixels import as_rgb
+
         with Image.open(image) as file:
-            image = file.convert("RGB")
+            image = as_rgb(file)
     pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3:

@@ -17,7 +17,7 @@ from anypatch.demo.data import IMAGE_SIZE, PATCH_SIZE, demo_data, demo_model
 from anypatch.demo.rows import BATCH, ROUNDS, DemoResult, Row, Series, View
 from anypatch.demo.webpage import page
 from anypatch.errors import AnypatchError
-from anypatch.measure.features import Colours
+from anypatch.report.colours import Colours
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,34 +1,15 @@
-"""Pieces of a self-contained page: pictures as data, curves as SVG, text escaped."""
+"""The one chart: a trade-off curve as SVG. Places are computed here, the drawing is ``templates/chart.svg``."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from markupsafe import Markup
 
-
-def text(value: object) -> str:
-    """Escaped for element content and attribute values."""
-    return html.escape(str(value), quote=True)
-
-
-def picture_data(pixels: NDArray[np.uint8], largest: int | None = None, photo: bool = False) -> str:
-    """A picture as a data URI: PNG, or JPEG for photographs, at most ``largest`` pixels wide or high."""
-    from PIL import Image as Pillow
-
-    image = Pillow.fromarray(pixels).convert("RGB")
-    if largest is not None:
-        image.thumbnail((largest, largest), Pillow.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    kind = "jpeg" if photo else "png"
-    image.save(buffer, kind, **({"quality": 84} if photo else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+from anypatch.report.templating import render
 
 
 @dataclass(frozen=True)
@@ -46,88 +27,79 @@ class Point:
     index: int | None = None
 
 
+# Pixels of the drawing, which a page scales: two charts side by side on a desk, one on a phone, text of 12 pixels.
 WIDTH, HEIGHT = 380, 300
-LEFT, RIGHT, TOP, BOTTOM = 50, 18, 22, 46
+LEFT, RIGHT, TOP, BOTTOM = 50, 18, 22, 46  # room for the names and ticks of the axes
+LETTER = 7  # width of a digit of that text, about
+# Where a label goes, the first that is free: beside the point, as an interval's bar runs above and below it.
+PLACES = ((11, 4, "start"), (-11, 4, "end"), (0, -12, "middle"), (0, 22, "middle"))
 
 
-def curve(points: Sequence[Point], x_name: str, y_name: str, summary: str, backwards: bool = False) -> str:
-    """A trade-off curve as SVG, x logarithmic, the front drawn as a line.
+@dataclass(frozen=True)
+class _Scale:
+    """From values to places: x logarithmic, and to the left where ``backwards``; y linear."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    backwards: bool
+
+    def across(self, value: float) -> float:
+        share = math.log(value / self.x[0]) / math.log(self.x[1] / self.x[0])
+        return LEFT + (1 - share if self.backwards else share) * (WIDTH - LEFT - RIGHT)
+
+    def up(self, value: float) -> float:
+        share = (value - self.y[0]) / (self.y[1] - self.y[0])
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def curve(points: Sequence[Point], x_name: str, y_name: str, summary: str, backwards: bool = False) -> Markup:
+    """A trade-off curve, x logarithmic, the front drawn as a line.
 
     Args:
+        points: at least one.
+        x_name, y_name: what the axes are.
         summary: what the picture says, for those who cannot see it.
         backwards: x grows to the left, so that cheaper is left on every curve.
     """
-    x_low, x_high = _widened([p.x for p in points])
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     y_ticks = _linear_ticks(min(ys), max(ys))
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = math.log(x / x_low) / math.log(x_high / x_low)
-        across = 1 - across if backwards else across
-        up = (y - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(summary)}">']
-    for tick in y_ticks:
-        _, y = at(x_low, tick)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
-    for tick in _log_ticks(x_low, x_high):
-        x, _ = at(tick, y_low)
-        foot = HEIGHT - BOTTOM
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{foot}" y2="{foot + 4}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{foot + 17}" text-anchor="middle">{tick:g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    arrow = f"{x_name} →" if not backwards else f"← {x_name}"
-    parts.append(f'<text class="name" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{text(arrow)}</text>')
-    parts.append(f'<text class="name" x="4" y="12">{text(y_name)}</text>')
+    x_low, x_high = _widened([p.x for p in points])
+    scale = _Scale((x_low, x_high), (y_ticks[0], y_ticks[-1]), backwards)
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
-    if len(front) > 1:
-        line = " ".join("{:.1f},{:.1f}".format(*at(p.x, p.y)) for p in front)
-        parts.append(f'<polyline class="front" points="{line}"/>')
-    taken = [(*_below(at(p.x, p.y)), 14.0) for p in points]
-    for point in sorted(points, key=lambda p: (p.native, p.x)):
-        parts.append(_point(point, at, taken))
-    return "".join(parts) + "</svg>"
+    taken = [(scale.across(p.x), scale.up(p.y) + 4, 2.0 * LETTER) for p in points]
+    return render(
+        "chart.svg",
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        foot=HEIGHT - BOTTOM,
+        summary=summary,
+        x_name=f"← {x_name}" if backwards else f"{x_name} →",
+        y_name=y_name,
+        x_ticks=[(f"{tick:g}", scale.across(tick)) for tick in _log_ticks(x_low, x_high)],
+        y_ticks=[(f"{tick:.3g}", scale.up(tick)) for tick in y_ticks],
+        front=[(scale.across(p.x), scale.up(p.y)) for p in front] if len(front) > 1 else [],
+        points=[_placed(p, scale, taken) for p in sorted(points, key=lambda p: (p.native, p.x))],
+    )
 
 
-def _point(
-    point: Point,
-    at: Callable[[float, float], tuple[float, float]],
-    taken: list[tuple[float, float, float]],
-) -> str:
-    x, y = at(point.x, point.y)
-    kind = " ".join(n for n, on in (("point", True), ("best", point.front), ("native", point.native)) if on)
-    tied = "" if point.index is None else f' data-index="{point.index}"'
-    parts = [f'<g class="{kind}"{tied}><title>{text(point.title)}</title>']
-    if point.low is not None and point.high is not None:
-        (_, bottom), (_, top) = at(point.x, point.low), at(point.x, point.high)
-        parts.append(f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-    if point.native:
-        parts.append(f'<path class="dot" d="M{x:.1f} {y - 7:.1f}l7 7-7 7-7-7z"/>')
-    else:
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-    # Beside the point first: an interval's bar runs above and below it.
-    wide = 8 + 7 * len(point.label)
-    places = ((11, 4, "start"), (-11, 4, "end"), (0, -12, "middle"), (0, 22, "middle"))
+def _placed(point: Point, scale: _Scale, taken: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """A point with the places of its dot, its interval and its label, which becomes one of those ``taken``."""
+    x, y = scale.across(point.x), scale.up(point.y)
+    wide = 8 + LETTER * len(point.label)
     centres = {"start": wide / 2, "end": -wide / 2, "middle": 0}
     free = [
         p
-        for p in places
+        for p in PLACES
         if all(abs(x + p[0] + centres[p[2]] - a) > (wide + w) / 2 or abs(y + p[1] - b) > 13 for a, b, w in taken)
     ]
-    dx, dy, anchor = (free or places)[0]
-    taken += [(x + dx + centres[anchor], y + dy, wide)]
-    if point.label:
-        place = f'x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}"'
-        parts.append(f'<text class="label" {place}>{text(point.label)}</text>')
-    return "".join(parts) + "</g>"
-
-
-def _below(place: tuple[float, float]) -> tuple[float, float]:
-    """Where the baseline of text over a dot would be."""
-    return place[0], place[1] + 4
+    dx, dy, anchor = (free or PLACES)[0]
+    taken.append((x + dx + centres[anchor], y + dy, wide))
+    bounds = None if point.low is None or point.high is None else (scale.up(point.high), scale.up(point.low))
+    kind = " ".join(n for n, on in (("point", True), ("best", point.front), ("native", point.native)) if on)
+    label = {"x": x + dx, "y": y + dy, "anchor": anchor, "text": point.label}
+    return {"point": point, "kind": kind, "x": x, "y": y, "bounds": bounds, "label": label}
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:

@@ -27,6 +27,7 @@
         const [height, width] = thumb.dataset.grid.split(" ");
         map.src = thumb.src;
         map.alt = thumb.alt;
+        if (thumb.dataset.photo) sample.querySelector(".photo").src = thumb.dataset.photo;
         const grid = sample.querySelector(".grid");
         grid.setAttribute("viewBox", "0 0 " + width + " " + height);
         grid.firstChild.setAttribute("d", lines(+height, +width));
