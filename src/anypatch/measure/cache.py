@@ -1,19 +1,58 @@
-"""Features on disk, so that a second run computes only what is new. Files appear whole or not at all."""
+"""Features on disk, so that a second run computes only what is new. Files appear whole or not at all.
+
+A cache is untrusted: an entry counts as absent unless it is a plain file of the size that was asked for, holds exactly the
+tensors that were asked for, and its checksum agrees. Nothing in it is executed, nor allocated on its word.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from anypatch.errors import CheckpointError
+from anypatch.files.atomic import replacing_file
+
+# Bytes beside the tensors: the names and shapes of five of them, and a reason of at most this many bytes per image.
+HEADER, REASON = 4096, 1024
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an entry holds, if it is what was asked for.
+
+    Attributes:
+        tensors: for each name, the dtype and the largest shape; the first side may be shorter.
+        images: how many images it speaks of at most.
+    """
+
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    images: int
+
+    @property
+    def largest(self) -> int:
+        """Bytes that no entry exceeds."""
+        room = HEADER + REASON * self.images
+        return room + sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.tensors.values())
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these are such tensors."""
+        for name, tensor in tensors.items():
+            dtype, shape = self.tensors.get(name, (None, ()))
+            if tensor.dtype != dtype or tensor.dim() != len(shape) or tensor.shape[1:] != shape[1:]:
+                return False
+            if len(tensor) > shape[0]:
+                return False
+        return True
 
 from anypatch.errors import AnypatchWarning
 
@@ -23,19 +62,9 @@ def default_folder() -> Path:
     chosen = os.environ.get("ANYPATCH_CACHE")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "anypatch"
+    from platformdirs import user_cache_path
 
-
-def weights_hash(model: nn.Module) -> str:
-    """Changes with any weight, buffer, dtype or class of the model; not with its device."""
-    digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(plain.numpy().data)
-    return digest.hexdigest()
+    return user_cache_path("anypatch", appauthor=False)
 
 
 def key_of(parts: dict[str, Any]) -> str:
@@ -44,7 +73,7 @@ def key_of(parts: dict[str, Any]) -> str:
 
 
 class Cache:
-    """A folder of safetensors and JSON files. Nothing in it is ever executed.
+    """A folder of safetensors files.
 
     Args:
         folder: where; ``None`` for no cache.
@@ -53,71 +82,103 @@ class Cache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def load(self, key: str, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and text stored under a name, or ``None``; damaged files count as absent."""
-        path = self._path(key, f"{name}.safetensors")
-        if path is None or not path.is_file():
+    def load(self, key: str, name: str, expected: Expected) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and text stored under a name, or ``None``; whatever is not as expected counts as absent."""
+        path = self._path(key, name)
+        if path is None or not os.path.lexists(path):
             return None
-        from safetensors import SafetensorError, safe_open
-
         try:
+<<<<<<< HEAD
             with safe_open(str(path), "pt") as file:
                 return {n: file.get_tensor(n) for n in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             warnings.warn(f"damaged cache file {path.name} is computed again ({error})", AnypatchWarning, stacklevel=2)
+=======
+            return _decoded(_read(path, expected.largest), expected)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            warnings.warn(f"damaged cache file {path.name} is computed again ({why})", stacklevel=2)
+>>>>>>> 4cda9f1 (wip2)
             return None
 
     def store(self, key: str, name: str, tensors: dict[str, Tensor], text: dict[str, str]) -> None:
         """Store tensors and text under a name."""
         from safetensors.torch import save
 
-        self._write(key, f"{name}.safetensors", lambda: save(tensors, metadata=text))
-
-    def load_json(self, key: str, name: str) -> dict[str, Any] | None:
-        """An object stored under a name, or ``None``."""
-        path = self._path(key, f"{name}.json")
-        if path is None or not path.is_file():
-            return None
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
-
-    def store_json(self, key: str, name: str, value: dict[str, Any]) -> None:
-        """Store an object under a name."""
-        self._write(key, f"{name}.json", lambda: json.dumps(value).encode())
-
-    def _path(self, key: str, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / key[:2] / key / name
-
-    def _write(self, key: str, name: str, content: Callable[[], bytes]) -> None:
         path = self._path(key, name)
         if path is None:
             return
+        content = save(tensors, metadata={**text, "checksum": _checksum(tensors, text)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
             write_whole(path, content())
         except OSError as error:
             warnings.warn(f"features are not cached: {error}", AnypatchWarning, stacklevel=2)
+=======
+            write_whole(path, content)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(f"features are not cached: {error}", stacklevel=2)
+>>>>>>> 4cda9f1 (wip2)
             self.folder = None
+
+    def _path(self, key: str, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / key[:2] / key / f"{name}.safetensors"
+
+
+def _read(path: Path, largest: int) -> bytes:
+    """The bytes of a plain file that is not larger than it can be; never waits for a pipe, never follows a link."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is no plain file")
+        if found.st_size > largest:
+            raise ValueError(f"{found.st_size} bytes, where at most {largest} can be")
+        return file.read(largest)
+
+
+def _decoded(content: bytes, expected: Expected) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and text of an entry.
+
+    Raises:
+        ValueError: they are not what was expected, or not what was written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    text = _metadata(content)
+    said = text.pop("checksum", None)
+    if said != _checksum(tensors, text):
+        raise ValueError("its checksum does not agree")
+    if not expected.fits(tensors):
+        raise ValueError("it holds other tensors")
+    return tensors, text
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The text in a file that safetensors has just read: its header is a JSON object after its length."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return dict(header.get("__metadata__") or {})
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(text.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
+    """Write a file at once or not at all.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Raises:
+        CheckpointError: it cannot be written; what was there is what it was.
+    """
+    with replacing_file(path) as file:
+        file.write(content)
