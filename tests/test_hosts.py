@@ -63,7 +63,7 @@ def test_every_other_verb_refuses_by_host_and_verb(registered: Host, tmp_path: P
     subject = registered.subject(Tiny())
     calls: dict[str, Any] = {
         "load": lambda: registered.load("x"),
-        "save": lambda: registered.save(Tiny(), tmp_path),
+        "save": lambda: registered.save(Tiny(), tmp_path, tmp_path),
         "candidates": lambda: registered.candidates(None),
         "fit": lambda: registered.fit("x", None),
         "open_folder": lambda: registered.open_folder(tmp_path),
