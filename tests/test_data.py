@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 
 from anypatch.errors import DataError, UnsupportedModelError
-from anypatch.measure.images import decode, labelled, read_class_names, unlabelled, unreadable
-from anypatch.measure.preprocess import Preprocess, preprocess_of
+from anypatch.hosts.images import Preprocess
+from anypatch.measure.class_names import read_class_names
+from anypatch.measure.decoding import decode, unreadable
+from anypatch.measure.opening import labelled, unlabelled
+from anypatch.measure.preprocess import preprocess_of
 from pictures import COLOURS, image_folder, picture, split_folder, write
 
 

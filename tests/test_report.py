@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import anypatch
 from anypatch.errors import AnypatchError, DataError, GeometryError
-from anypatch.measure.sweep import Sample, SweepResult
+from anypatch.measure.sweep import SweepResult
 from anypatch.measure.view import save_view, view
 from anypatch.report import svg as html
+from anypatch.report.measurements import Sample
 from browser import Page, find_browser
 from pictures import picture, write
 
@@ -270,7 +271,7 @@ def test_view_errors(tmp_path: Path) -> None:
 def command():
     import typer
 
-    from anypatch.cli.sweep import register
+    from anypatch.cli.comparing import register
 
     app = typer.Typer()
     register(app)

@@ -10,7 +10,7 @@ floats in 0..1 black. Here white is white:
 | 32-bit integers (``I``) | levels 0..255, if none is outside; no white is known for others: refused |
 | floats (``F``) | 0..1, or levels 0..255 where some are above 1; others, and NaN: refused |
 
-Pictures stand upright (their EXIF orientation is applied), and of an animation or a file of many pages the first counts.
+Pictures stand upright (their EXIF orientation is applied); of an animation or a file of many pages the first counts.
 """
 
 from __future__ import annotations

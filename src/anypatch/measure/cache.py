@@ -1,6 +1,6 @@
 """Features on disk, so that a second run computes only what is new. Files appear whole or not at all.
 
-A cache is untrusted: an entry counts as absent unless it is a plain file of the size that was asked for, holds exactly the
+A cache is untrusted: an entry counts as absent unless it is a plain file no larger than it can be, holds exactly the
 tensors that were asked for, and its checksum agrees. Nothing in it is executed, nor allocated on its word.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anypatch.errors import CheckpointError
+from anypatch.errors import AnypatchWarning, CheckpointError
 from anypatch.files.atomic import replacing_file
 
 # Bytes beside the tensors: the names and shapes of five of them, and a reason of at most this many bytes per image.
@@ -54,8 +54,6 @@ class Expected:
                 return False
         return True
 
-from anypatch.errors import AnypatchWarning
-
 
 def default_folder() -> Path:
     """``$ANYPATCH_CACHE``, or ``anypatch`` in the user's cache folder."""
@@ -88,17 +86,10 @@ class Cache:
         if path is None or not os.path.lexists(path):
             return None
         try:
-<<<<<<< HEAD
-            with safe_open(str(path), "pt") as file:
-                return {n: file.get_tensor(n) for n in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            warnings.warn(f"damaged cache file {path.name} is computed again ({error})", AnypatchWarning, stacklevel=2)
-=======
             return _decoded(_read(path, expected.largest), expected)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
-            warnings.warn(f"damaged cache file {path.name} is computed again ({why})", stacklevel=2)
->>>>>>> 4cda9f1 (wip2)
+            warnings.warn(f"damaged cache file {path.name} is computed again ({why})", AnypatchWarning, stacklevel=2)
             return None
 
     def store(self, key: str, name: str, tensors: dict[str, Tensor], text: dict[str, str]) -> None:
@@ -111,15 +102,9 @@ class Cache:
         content = save(tensors, metadata={**text, "checksum": _checksum(tensors, text)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-            write_whole(path, content())
-        except OSError as error:
-            warnings.warn(f"features are not cached: {error}", AnypatchWarning, stacklevel=2)
-=======
             write_whole(path, content)
         except (OSError, CheckpointError) as error:
-            warnings.warn(f"features are not cached: {error}", stacklevel=2)
->>>>>>> 4cda9f1 (wip2)
+            warnings.warn(f"features are not cached: {error}", AnypatchWarning, stacklevel=2)
             self.folder = None
 
     def _path(self, key: str, name: str) -> Path | None:

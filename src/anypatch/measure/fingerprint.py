@@ -1,9 +1,9 @@
 """Everything that a forward pass depends on, in one hash: models that could answer differently never share one.
 
-Two models with equal weights can compute different things: other heads, another activation, pooling or epsilon, a method
-or a hook of the user's. So the whole object is read, not a list of what is known to matter: every module's class, the code
-of its methods (as it is now, patched or not), its plain attributes, hooks, parameters and buffers. What cannot be read
-makes the hash unlike any other, so that features are computed again rather than taken from another model.
+Two models with equal weights can compute different things: other heads, another activation, pooling or epsilon, a
+method or a hook of the user's. So the whole object is read, not a list of what is known to matter: every module's
+class, the code of its methods (as it is now, patched or not), its plain attributes, hooks, parameters and buffers. What
+cannot be read makes the hash unlike any other, so that features are computed again rather than taken from elsewhere.
 
 Installed packages have versions, which the cache's key holds beside this. So their functions are read as they are, with
 the functions they name, one step far (a patched one shows); the user's own code, which has no version, to the end.
@@ -15,12 +15,11 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import sys
 import sysconfig
 import types
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -30,7 +29,18 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 # Do not change what a forward pass in evaluation mode computes, and change between runs.
-IGNORED = frozenset(("training", "_is_full_backward_hook", "_version", "__weakref__", "__dict__", "__doc__"))
+IGNORED = frozenset(
+    (
+        "training",
+        "_is_full_backward_hook",
+        "_version",
+        "__weakref__",
+        "__dict__",
+        "__doc__",
+        "__annotations__",
+        "__module__",
+    )
+)
 # Hooks of backward passes and of state dicts are never run when features are read.
 UNUSED_HOOKS = frozenset(
     (
@@ -55,15 +65,16 @@ FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, ty
 INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Changes with anything that changes what ``model`` computes: weights, buffers, plain values, code, hooks.
+def fingerprint(model: object) -> str:
+    """Changes with anything that changes what a model computes: weights, buffers, plain values, code, hooks.
 
     The device is left out, and so is whether gradients are wanted. Two models that are built alike and hold equal
-    weights have one fingerprint, in any process.
+    weights have one fingerprint, in any process. Other objects that are part of the work (a kernel, a preprocessing of
+    the user's) are read likewise.
 
     Example:
         >>> import torch
-        >>> relu, gelu = (torch.nn.Sequential(torch.nn.Flatten(), layer) for layer in (torch.nn.ReLU(), torch.nn.GELU()))
+        >>> relu, gelu = (torch.nn.Sequential(torch.nn.Flatten(), f) for f in (torch.nn.ReLU(), torch.nn.GELU()))
         >>> fingerprint(relu) == fingerprint(gelu)
         False
     """
@@ -212,7 +223,7 @@ class _Reader:
             if base is nn.Module or (not issubclass(base, nn.Module) and _is_installed(base)):
                 continue
             for name, value in sorted(vars(base).items()):
-                if name not in IGNORED and not name.startswith("_abc_") and name not in ("__annotations__", "__module__"):
+                if name not in IGNORED and not name.startswith("_abc_"):
                     self.text(name)
                     self._global(value, base)
 
@@ -261,8 +272,19 @@ class _Reader:
             self.text(_name(value))
             read = () if _is_installed(value) else (type,)
         elif not _is_installed(owner):
-            read = (*read, tuple, list, dict, set, Tensor, np.ndarray, nn.Module, functools.partial, types.SimpleNamespace)
-        if isinstance(value, read) or not isinstance(value, type) and not _is_installed(type(value)):
+            read = (
+                *read,
+                tuple,
+                list,
+                dict,
+                set,
+                Tensor,
+                np.ndarray,
+                nn.Module,
+                functools.partial,
+                types.SimpleNamespace,
+            )
+        if isinstance(value, read) or (not isinstance(value, type) and not _is_installed(type(value))):
             self.value(value)
         else:
             self.text(_name(type(value)))
@@ -303,13 +325,17 @@ def _held(value: Any) -> Any:
     held = {name: getattr(value, name) for name in slots if name not in IGNORED and hasattr(value, name)}
     if hasattr(value, "__dict__"):
         held |= vars(value)
-    if held or type(value).__reduce_ex__ is object.__reduce_ex__ and type(value).__module__ != "builtins":
+    if held or (type(value).__reduce_ex__ is object.__reduce_ex__ and type(value).__module__ != "builtins"):
         return dict(sorted((k, v) for k, v in held.items() if k not in IGNORED))
     try:
         reduced = value.__reduce_ex__(2)
     except Exception:  # not to be pickled: a lock, a stream, a file
         return None
-    return reduced if isinstance(reduced, str) else [list(part) if inspect.isgenerator(part) else part for part in reduced]
+    return (
+        reduced
+        if isinstance(reduced, str)
+        else [list(part) if isinstance(part, Iterator) else part for part in reduced]
+    )
 
 
 def _is_installed(value: Any) -> bool:

@@ -113,7 +113,7 @@ class Indirect:
 def split(everything: ImageSet, notes: list[str]) -> Data:
     """Hold out a fixed fifth of every class.
 
-    Our own, as scikit-learn's ``train_test_split`` refuses classes of one image and gives small ones nothing to test on.
+    Our own: scikit-learn's ``train_test_split`` refuses classes of one image and gives small ones nothing to test on.
     """
     assert everything.labels is not None
     labels = np.array(everything.labels)

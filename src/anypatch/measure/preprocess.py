@@ -7,23 +7,26 @@ from typing import Any
 
 from torch import nn
 
-from anypatch.adaptation import describe, host
+from anypatch.adaptation import host
+from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.images import Preprocess
+from anypatch.measure.features import described
 
 
-def preprocess_of(model: nn.Module, source: str | None = None) -> Preprocess:
+def preprocess_of(model: nn.Module | Subject, source: str | None = None) -> Preprocess:
     """A model's own preprocessing.
 
     Args:
-        model: a live model, at any geometry.
+        model: a live model, at any geometry, or its description.
         source: where it was loaded from, which for some libraries is the only place that says.
 
     Raises:
         UnsupportedModelError: the model takes neither RGB nor grey images.
     """
-    subject = describe(model)
-    return _for_channels(host(model).preprocess(subject, source), subject.model)
+    subject = described(model)
+    found = host(subject.model).preprocess(subject, source)
+    return _for_channels(found, subject.model)
 
 
 def _for_channels(preprocess: Preprocess, model: Any) -> Preprocess:

@@ -27,14 +27,14 @@ class Team:
             from accelerate import PartialState
 
             # Without being told, accelerate does not join processes that have no accelerator.
-            chosen = _best_device() if device is None else torch.device(device)
+            chosen = best_device() if device is None else torch.device(device)
             state = PartialState(cpu=True) if chosen.type == "cpu" else PartialState()
             self.rank, self.size = state.process_index, state.num_processes
             self.device = torch.device(device) if device is not None else state.device
         elif device is not None:
             self.device = torch.device(device)
         else:
-            self.device = _best_device()
+            self.device = best_device()
 
     @property
     def leads(self) -> bool:
@@ -66,7 +66,8 @@ class Team:
         return value
 
 
-def _best_device() -> torch.device:
+def best_device() -> torch.device:
+    """An accelerator if there is one."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

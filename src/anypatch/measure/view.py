@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +11,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from anypatch.adaptation import adapt
+from anypatch.adaptation import describe
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
+from anypatch.core.pixels import as_rgb
+from anypatch.core.tables import PositionsLike
 from anypatch.errors import AnypatchError, DataError
-from anypatch.measure.features import Reader, shared_colours
-from anypatch.measure.images import reason
+from anypatch.measure.decoding import reason
+from anypatch.measure.features import Reader, at_geometry, dtype_of
+from anypatch.measure.job import on_device
+from anypatch.measure.loading import load_model
 from anypatch.measure.preprocess import preprocess_of
-from anypatch.measure.sweep import geometries_of, load_model, short
+from anypatch.measure.processes import best_device
+from anypatch.measure.targets import Asked, show_side, targets_of
+from anypatch.report.colours import shared_colours
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PAPER, INK, MUTED = (253, 253, 252), (27, 33, 38), (91, 101, 109)
-GAP = 12
+PAPER, INK, MUTED = (253, 253, 252), (27, 33, 38), (91, 101, 109)  # the report's colours
+GAP = 12  # pixels between pictures
 
 
 def view(
@@ -35,7 +40,9 @@ def view(
     image_size: ImageSizeLike | None = None,
     keep: Keep = "image",
     kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
     arch: str | None = None,
+    device: str | torch.device | None = None,
     cell: int = 256,
     **host_kwargs: Any,
 ) -> Image:
@@ -44,7 +51,7 @@ def view(
     Args:
         source: what :func:`anypatch.load` takes, or a live model, which is left as it is.
         image: an image file.
-        patch_sizes, image_size, keep, kernel, arch: as in :func:`anypatch.sweep`.
+        patch_sizes, image_size, keep, kernel, positions, arch, device: as in :func:`anypatch.sweep`.
         cell: the width of a column in pixels.
 
     Raises:
@@ -52,24 +59,27 @@ def view(
         GeometryError: sizes that do not fit.
     """
     picture = _open(image)
-    model = load_model(source, arch, host_kwargs)
-    native, targets = geometries_of(model, patch_sizes, image_size, keep, kernel)
-    preprocess = preprocess_of(model, None if isinstance(source, nn.Module) else str(source))
+    subject = describe(load_model(source, arch, host_kwargs))
+    targets = targets_of(subject, Asked(patch_sizes, image_size, keep, kernel, positions)).targets
+    preprocess = preprocess_of(subject, None if isinstance(source, nn.Module) else str(source))
+    place = best_device() if device is None else torch.device(device)
+    base = on_device(subject, place)
     views, features = [], []
     for target in targets:
-        copied = copy.deepcopy(model)
+        reader = Reader(at_geometry(base, target, kernel, positions))
         assert target.image_size is not None
-        if target != native:
-            adapt(copied, target.patch_size, target.image_size, kernel=kernel)
         height, width = target.image_size
         seen = preprocess.view(picture, (height, width))
-        pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None]
-        dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
-        features.append(Reader(copied)(preprocess.normalise(pixels).to(dtype)).patches[0].float())
+        pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None].to(place)
+        found = reader(preprocess.normalise(pixels).to(dtype_of(reader.model)))
+        features.append(found.patches[0].float().cpu())
         views.append(seen)
     maps = [line[0] for line in shared_colours([[f] for f in features])]
     heads = [
-        (f"patch {short(t.patch_size)}", f"image {short(t.image_size or ())}, {m.shape[0]} x {m.shape[1]} patches")
+        (
+            f"patch {show_side(t.patch_size)}",
+            f"image {show_side(t.image_size or ())}, {m.shape[0]} x {m.shape[1]} patches",
+        )
         for t, m in zip(targets, maps, strict=True)
     ]
     return _sheet(views, maps, heads, cell)
@@ -108,7 +118,7 @@ def _open(path: str | Path) -> Image:
         raise DataError(f"{path} does not exist: name an image file")
     try:
         with Pillow.open(path) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
     except Exception as error:  # decoders raise many kinds
         raise DataError(f"{path} cannot be read as an image ({reason(error)})") from error
 

@@ -10,20 +10,24 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from anypatch.adaptation import describe, host
+from anypatch.adaptation import host
+from anypatch.core.twins import Subject
 from anypatch.errors import DataError
 from anypatch.hosts.images import Classes
+from anypatch.measure.features import described
 
-PROMPT = "a photo of a {}."
+PROMPT = "a photo of a {}."  # the plain prompt of CLIP's paper (arXiv:2103.00020, section 3.1.4)
 
 
-def head_columns(model: nn.Module, classes: Sequence[str]) -> tuple[list[int] | None, str]:
+def head_columns(model: nn.Module | Subject, classes: Sequence[str]) -> tuple[list[int] | None, str]:
     """Which outputs of a model's classifier are the data's classes, in their order, and a note for the user.
 
     Names are compared where the model says them; where it does not, the number of classes has to agree, and their
     order is taken as that of the data.
     """
-    found = host(model).classes(describe(model)) if host(model).has("classes") else Classes()
+    subject = described(model)
+    owner = host(subject.model)
+    found = owner.classes(subject) if owner.has("classes") else Classes()
     if not found.outputs:
         return None, ""
     for names in found.vocabularies:
@@ -43,17 +47,20 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", " ")
 
 
-def text_features(model: nn.Module, names: Sequence[str], source: str | None) -> NDArray[np.float32]:
+def text_features(model: nn.Module | Subject, names: Sequence[str], source: str | None) -> NDArray[np.float32]:
     """One vector per class from the model's text tower.
 
     Raises:
         DataError: the model has no text tower, or its tokenizer cannot be found.
     """
-    library, subject = host(model), describe(model)
-    if not library.has("tokenize"):
+    subject = described(model)
+    owner = host(subject.model)
+    if not owner.has("tokenize"):
         kind = type(subject.model).__name__
         raise DataError(f"class names are for models with a text tower, such as CLIP; {kind} has none")
-    encode = library.tokenize(subject, [PROMPT.format(n) for n in names], source)
-    towers = copy.deepcopy(subject.model).cpu().eval()
+    encode = owner.tokenize(subject, [PROMPT.format(n) for n in names], source)
+    model = subject.model
+    here = all(p.device.type == "cpu" for p in model.parameters())
+    towers = copy.deepcopy(model, {id(p): p for p in model.parameters()} if here else {}).cpu().eval()
     with torch.no_grad():
         return encode(towers).float().cpu().numpy()

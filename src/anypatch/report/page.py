@@ -231,8 +231,8 @@ def _facts(result: Measurements) -> list[tuple[str, str]]:
     if said.get("fidelity_on"):
         count = said.get("patch_fidelity_images")
         near = f"; neighbours are the nearest {said['neighbours']}" if said.get("neighbours") else ""
-        against = f", against {said['reference']}" if said.get("reference") else ""
-        lines.append(("fidelity", f"on {said['fidelity_on']}{against}; patch fidelity on {count} of those images{near}"))
+        lines.append(("fidelity", f"on {said['fidelity_on']}; patch fidelity on {count} of those images{near}"))
+        lines.append(("measured against", said.get("reference")))
     versions = ", ".join(f"{name} {version}" for name, version in (said.get("versions") or {}).items())
     lines += [("preprocessing", said.get("preprocess")), ("timing", _timing(said)), ("versions", versions)]
     return [(name, str(value)) for name, value in lines if value]

@@ -42,5 +42,7 @@ def picture_data(pixels: NDArray[np.uint8], largest: int | None = None, photo: b
         image.thumbnail((largest, largest), Pillow.Resampling.LANCZOS)
     buffer = io.BytesIO()
     kind = "jpeg" if photo else "png"
-    image.save(buffer, kind, **({"quality": 84} if photo else {"optimize": True}))  # 84: no blocks to be seen at this size
+    image.save(
+        buffer, kind, **({"quality": 84} if photo else {"optimize": True})
+    )  # 84: no blocks to be seen at this size
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
