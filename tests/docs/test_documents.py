@@ -1,0 +1,99 @@
+"""Every block of code and every command of README and docs runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+
+from blocks import blocks, commands  # noqa: E402
+from standins import open_clip_names, timm_names  # noqa: E402
+
+DOCUMENTS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if any(b.language in ("python", "shell") for b in blocks(path))
+]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        # the README is for every run; the others for the slow ones
+        pytest.param(p, marks=() if p.name == "README.md" else pytest.mark.slow, id=str(p.relative_to(ROOT)))
+        for p in DOCUMENTS
+    ],
+)
+def test_document_runs(document: Path) -> None:
+    fast = ["--fast"] if document.name == "README.md" else []
+    _run(document, *fast)
+
+
+@pytest.mark.slow
+def test_the_whole_readme_runs() -> None:
+    _run(ROOT / "README.md")
+
+
+def _run(document: Path, *options: str) -> None:
+    command = [sys.executable, str(HERE / "running.py"), str(document), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_blocks_are_found_with_their_lines_and_their_words(tmp_path: Path) -> None:
+    document = tmp_path / "x.md"
+    document.write_text(
+        "# x\n```python\na = 1\n```\n<!-- test: skip needs a hundred gigabytes -->\n```\nanypatch y\n```\n"
+        "<!-- test: slow -->\n```sh\nanypatch a \\\n  b   # why\n\n$ anypatch c\n```\n```json\n{}\n```\n"
+    )
+    one, two, three, four = blocks(document)
+    assert (one.language, one.text, one.line, one.skip, one.slow) == ("python", "a = 1", 3, "", False)
+    assert (two.language, two.skip) == ("shell", "needs a hundred gigabytes")
+    assert three.slow
+    assert list(commands(three.text)) == [["anypatch", "a", "b"], ["anypatch", "c"]]
+    assert four.language == "json"
+
+
+@pytest.mark.parametrize("text", ["<!-- test: skip -->\n```\nx\n```\n", "```python\nx = 1\n"])
+def test_what_is_wrong_in_a_document_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.md").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.md"):
+        blocks(tmp_path / "x.md")
+
+
+def test_a_document_that_fails_is_found(tmp_path: Path) -> None:
+    document = tmp_path / "x.md"
+    document.write_text(
+        "```python\nx = 1\n```\n```python\nassert x == 2\n```\n```\nanypatch inspect missing\nmake nothing\n```\n"
+        "```\nfrobnicate\n```\n```\npip install 'anypatch[none]'\n```\n"
+    )
+    command = [sys.executable, str(HERE / "running.py"), str(document)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    for text in ("x.md:5: ", "line 5, in <module>", "'missing' does not exist", "does not know", "no such extra"):
+        assert text in done.stdout, done.stdout
+
+
+def test_what_a_document_names_is_found() -> None:
+    text = 'timm.create_model("vit_a.b", pretrained=True) timm:NAME timm:vit_c open_clip:A-1/x '
+    text += 'create_model("B", pretrained="y")'
+    assert timm_names(text) == {"vit_a.b", "vit_c"}
+    assert open_clip_names(text) == {("A-1", "x"), ("B", "y")}
+
+
+def test_readme_has_no_relative_links() -> None:
+    """They would be broken on a package page."""
+    import re
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https://|#)[^)]*\)", text) == []
+    for path in re.findall(
+        r"\(https://(?:github\.com|raw\.githubusercontent\.com)/anypatch/anypatch/(?:blob/|tree/)?main/([^)#]+)", text
+    ):
+        assert (ROOT / path).exists(), path
