@@ -54,7 +54,7 @@ def half(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def test_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resize, "resize_kernel", half(resize.resize_kernel))
+    monkeypatch.setattr(resize.KernelResize, "__call__", half(resize.KernelResize.__call__))
     assert not anypatch.check(vit(), 32).passed
 
 

@@ -9,11 +9,12 @@ from anypatch.errors import AnypatchError, CheckpointError, DataError, GeometryE
 from anypatch.version import __version__
 
 if TYPE_CHECKING:
-    from anypatch.adaptation import adapt, geometry
+    from anypatch.adaptation import adapt, at, geometry
     from anypatch.conversion import convert
     from anypatch.core.geometry import Geometry
     from anypatch.core.kernels import Interpolate, Pi, Wiener, resize_kernel
     from anypatch.core.spectra import PixelStatistics
+    from anypatch.flexibility import flexible
     from anypatch.measure.sweep import SweepResult, sweep
     from anypatch.proof import Check, check
     from anypatch.sources import load, save
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Loaded on first use, so that `import anypatch` costs nothing.
 _LAZY = {
     "adapt": "anypatch.adaptation",
+    "at": "anypatch.adaptation",
+    "flexible": "anypatch.flexibility",
     "geometry": "anypatch.adaptation",
     "check": "anypatch.proof",
     "Check": "anypatch.proof",
@@ -67,8 +70,10 @@ __all__ = [
     "Wiener",
     "__version__",
     "adapt",
+    "at",
     "check",
     "convert",
+    "flexible",
     "geometry",
     "load",
     "resize_kernel",

@@ -1,4 +1,4 @@
-"""``adapt``: the one path that everything else calls."""
+"""``adapt`` and ``at``: the one path that everything else calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from anypatch.core.kernels import as_method
 from anypatch.core.plan import Plan
 from anypatch.core.tables import ANTIALIASED, PositionsLike
 from anypatch.core.twins import Subject
-from anypatch.errors import GeometryError
+from anypatch.core.views import described, is_view, require_no_view, view
+from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts import recognise
 from anypatch.hosts.base import Host
 
@@ -72,6 +73,7 @@ def make_plan(
     positions: PositionsLike = "antialias",
 ) -> Plan | None:
     """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s."""
+    require_no_view(model)
     method = as_method(kernel)
     if positions not in ("antialias", "host"):
         raise GeometryError(f"positions must be 'antialias' or 'host', not {positions!r}")
@@ -80,6 +82,54 @@ def make_plan(
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
     return plans.make(subject, target, method, subject.facts.sampling if positions == "host" else ANTIALIASED)
+
+
+def at(
+    model: M,
+    patch_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
+    *,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
+) -> M:
+    """A view: a second face of a model at another geometry, that shares its weights.
+
+    The view computes what a deep copy would that was adapted. It is of the model's own class, has its own mode, hooks
+    and attributes, as they are now, and the model's own parameters: ``view.parameters()`` are those of ``model``, so
+    that training either trains both, and moving either moves both. Tensors that follow the geometry (the projection,
+    position tables, pixel heads) are computed from the model's whenever the view reads them, differentiably; so a view
+    costs the memory of these while it runs, and follows whatever happens to the weights. Reading them takes some
+    milliseconds a forward pass; where the weights stay as they are, ``adapt`` a copy instead.
+
+    ``view.state_dict()`` holds what :func:`anypatch.save` writes, the weights at the view's geometry. Loading is for
+    the model. Replacing layers of ``model`` (by PEFT, by pruning) after a view was taken asks for another view.
+
+    Args:
+        model: as for :func:`adapt`; a model behind ``torch.compile`` is looked through.
+        patch_size, image_size, keep, kernel, positions: as for :func:`adapt`. Without a size, a face at the model's
+            own geometry.
+
+    Returns:
+        The view. It works under ``torch.compile``, autocast, ``torch.func.functional_call`` (with the model's
+        parameters), ``copy.deepcopy`` (the copy has weights of its own) and DistributedDataParallel.
+
+    Raises:
+        GeometryError, UnsupportedModelError: as for :func:`adapt`; a view has no views.
+
+    Example:
+        >>> import anypatch, timm, torch
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        >>> view = anypatch.at(model, 32)
+        >>> view(torch.zeros(1, 3, 224, 224)).sum().backward()
+        >>> model.patch_embed.proj.weight.grad.shape
+        torch.Size([192, 3, 16, 16])
+    """
+    while isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UnsupportedModelError(f"take the view of {type(model).__name__}'s module, then wrap the view")
+    return view(model, make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions))
 
 
 def geometry(model: nn.Module) -> Geometry:
@@ -94,6 +144,8 @@ def geometry(model: nn.Module) -> Geometry:
 def describe(model: nn.Module) -> Subject:
     """The live model as its host library's file describes it, wrappers taken off."""
     inner = unwrap(model)
+    if is_view(inner):
+        return replace(described(inner, describe), wrapper=model)
     return replace(host(inner).subject(inner), wrapper=model)
 
 

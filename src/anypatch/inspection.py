@@ -10,6 +10,7 @@ from torch import nn
 from anypatch.adaptation import describe, make_plan
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike
 from anypatch.core.plan import Change
+from anypatch.core.views import standing
 from anypatch.errors import AnypatchError
 
 
@@ -31,6 +32,7 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         UnsupportedModelError: no patch embedding was found.
     """
+    model = standing(model)
     subject = describe(model)
     current = subject.geometry
     doubled_patch = tuple(2 * side for side in current.patch_size)

@@ -21,6 +21,7 @@ from anypatch.adaptation import adapt, describe, host
 from anypatch.core.display import facts_table
 from anypatch.core.geometry import Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
+from anypatch.core.views import standing
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
 
@@ -67,6 +68,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
             overlap, is no whole multiple of it.
         UnsupportedModelError: the model cannot be adapted or cannot be fed pixels.
     """
+    model = standing(model)
     described = describe(model)
     current = described.geometry
     target = as_size(patch_size, len(current.patch_size), "patch_size", current.patch_size)

@@ -15,6 +15,7 @@ from anypatch.adaptation import adapt, host
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.merging import merged
 from anypatch.core.tables import PositionsLike
+from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
 from anypatch.hosts import door
@@ -211,7 +212,7 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
 
     path = Path(directory)
     library = host(model)
-    inner = merged(model)
+    inner = merged(standing(model))
     replaced = replaced_names(path, library.name)
     with atomic.replacing_directory(path, replaced, parents=True) as place:
         try:

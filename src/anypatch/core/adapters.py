@@ -12,10 +12,14 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+HELD = "_anypatch_model"  # in the attributes of a module that holds a model's parameters and names the model
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off ``torch.compile``, DataParallel and PEFT wrappers."""
+    """Take off ``torch.compile``, DataParallel and PEFT wrappers, and what names the model it stands for."""
     while isinstance(model, nn.Module):
+        if HELD in vars(model):
+            model = vars(model)[HELD]
         inner = model._modules.get("_orig_mod")
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model._modules.get("module")

@@ -202,10 +202,27 @@ def resize_kernel(
     old = tuple(weight.shape[-len(new) :])
     if 0 in old:
         raise GeometryError(f"a kernel of shape {tuple(weight.shape)} has no pixels")
-    kind = as_method(method)
-    axes = list(zip(old, new, shifts, strict=False))
-    matrices = {axis: kind.matrix(*axis) for axis in {*axes} if axis[0] != axis[1]}
-    return _apply(weight, [matrices.get(axis) for axis in axes])
+    return KernelResize(old, new, method, shifts)(weight.detach())
+
+
+class KernelResize:
+    """`resize_kernel` between two sizes as a differentiable function of the kernel, its matrices computed once.
+
+    Args:
+        old, new: (h, w) or (t, h, w).
+        method, shifts: as in `resize_kernel`.
+    """
+
+    def __init__(
+        self, old: Sequence[int], new: Sequence[int], method: MethodLike, shifts: Sequence[float] = (0.0, 0.0, 0.0)
+    ) -> None:
+        kind = as_method(method)
+        axes = list(zip(old, new, shifts, strict=False))
+        matrices = {axis: kind.matrix(*axis) for axis in {*axes} if axis[0] != axis[1]}
+        self._matrices = [matrices.get(axis) for axis in axes]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return _apply(weight, self._matrices)
 
 
 def resize_linear(
@@ -221,12 +238,24 @@ def resize_linear(
 
     `order` names the flattened axes, slowest first: "c h w", "h w c", "t h w c", "c t h w".
     """
-    kernel, back = _unflatten(weight, old_patch, channels, order)
-    return back(resize_kernel(kernel, _patch(new_patch, order), method))
+    return linear_resize(old_patch, new_patch, channels, order, method)(weight.detach())
+
+
+def linear_resize(
+    old_patch: Sequence[int], new_patch: Sequence[int], channels: int, order: str, method: MethodLike
+) -> Callable[[Tensor], Tensor]:
+    """`resize_linear` as a differentiable function of the weight, its matrices computed once."""
+    resize = KernelResize(_patch(old_patch, order), _patch(new_patch, order), method)
+
+    def apply(weight: Tensor) -> Tensor:
+        kernel, back = _unflatten(weight, old_patch, channels, order)
+        return back(resize(kernel))
+
+    return apply
 
 
 def resize_pixels(rows: Tensor, old_patch: Sequence[int], new_patch: Sequence[int], order: str) -> Tensor:
-    """Resize a head whose outputs are pixels: weight (C * prod(old), D) or bias (C * prod(old),).
+    """Resize a head whose outputs are pixels, differentiably: weight (C * prod(old), D) or bias (C * prod(old),).
 
     The rows are resized like an image (bicubic, antialiased), so the new head gives the resized image of
     the old one. `order` names the flattened axes of the output, slowest first.
@@ -246,10 +275,9 @@ def resize_pixels(rows: Tensor, old_patch: Sequence[int], new_patch: Sequence[in
 
 def _apply(weight: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Multiply the last `len(matrices)` axes of `weight` by their matrices (None: leave the axis)."""
-    result = weight.detach()
     if all(matrix is None for matrix in matrices):
-        return result.clone()
-    result = result.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        return weight.clone()
+    result = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     for axis in range(-1, -len(matrices) - 1, -1):
         matrix = matrices[axis]
         if matrix is None:
@@ -283,18 +311,23 @@ def _need_floating(weight: Tensor, what: str) -> None:
 def _patch(patch: Sequence[int], order: str) -> tuple[int, ...]:
     """`patch` as a tuple, with as many sizes as `order` has axes beside the channels."""
     sizes = _sizes(patch)
-    if len(sizes) != len(order.split()) - 1:
+    if len(sizes) != len(_names(order)) - 1:
         raise GeometryError(f"patch {sizes} does not fit the axes {order!r}")
     return sizes
+
+
+def _names(order: str) -> list[str]:
+    names = order.split()
+    if sorted(names) not in (["c", "h", "w"], ["c", "h", "t", "w"]):
+        raise GeometryError(f"order {order!r} must name c, h, w and perhaps t, separated by spaces")
+    return names
 
 
 def _unflatten(
     weight: Tensor, patch: Sequence[int], channels: int, order: str
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Split (D, C * prod(patch)) into (D, C, *patch), and a function that flattens a resized one again."""
-    names = order.split()
-    if sorted(names) not in (["c", "h", "w"], ["c", "h", "t", "w"]):
-        raise GeometryError(f"order {order!r} must name c, h, w and perhaps t, separated by spaces")
+    names = _names(order)
     _need_floating(weight, "linear map")
     wanted = ["c", *[n for n in ("t", "h", "w") if n in names]]
     sizes = dict(zip(wanted, (channels, *_patch(patch, order)), strict=True))
@@ -304,5 +337,5 @@ def _unflatten(
         )
     there = [0, *[1 + names.index(n) for n in wanted]]
     back = [0, *[1 + wanted.index(n) for n in names]]
-    kernel = weight.detach().reshape(weight.shape[0], *[sizes[n] for n in names]).permute(there)
+    kernel = weight.reshape(weight.shape[0], *[sizes[n] for n in names]).permute(there)
     return kernel, lambda resized: resized.permute(back).reshape(weight.shape[0], -1)

@@ -57,7 +57,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Role:
-    """A name for people, and the resampling of the live tensor."""
+    """A name for people, and the resampling of the live tensor: a linear map, differentiable, that keeps its dtype."""
 
     text: str
     apply: Callable[[Tensor], Tensor]
@@ -142,7 +142,7 @@ def _convolution(case: Case, leaf: str) -> Role:
     what = "patch projection" if old.kernel_size == old.stride else "patch projection, overlapping"
     if any(shifts):
         what += ", shifted"
-    return Role(what, lambda w: resize.resize_kernel(w, size, case.method, shifts))
+    return Role(what, resize.KernelResize(tuple(old.kernel_size), size, case.method, shifts))
 
 
 def _padding(conv: _ConvNd) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def _linear(case: Case, leaf: str) -> Role:
         channels, order = _patch_channels(case, 1), _order(case)
         return Role(
             f"patch projection ({order})",
-            lambda w: resize.resize_linear(w, case.old.patch_size, case.new.patch_size, channels, order, case.method),
+            resize.linear_resize(case.old.patch_size, case.new.patch_size, channels, order, case.method),
         )
     if case.axes == (0,):
         return _pixel_rows(case)

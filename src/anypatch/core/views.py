@@ -1,0 +1,372 @@
+"""A view: a second face of a model, at another geometry, that shares its weights.
+
+A view is a tree of shells: for each module of the model one object with attributes, hooks, mode and children of its
+own, and with the *same* dictionaries of parameters and buffers. So whatever happens to the weights (an optimizer's
+step, ``load_state_dict``, ``.to``, ``functional_call``, a shard put in a parameter's place) has happened to the view as
+well. Where a module holds tensors that follow the geometry, its shell's class is a subclass of the same name in which
+each of them is a property: the resampling that :func:`anypatch.adapt` would apply once is applied to the present tensor
+whenever it is read, as `torch.nn.utils.parametrize` does. Nothing is kept between two readings: a tensor's version
+does not tell of changes made through ``.data``, so a kept value could be stale.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from anypatch.core.adapters import HELD
+from anypatch.core.attributes import ATOMS, like
+from anypatch.core.plan import Plan, SetAttribute, SetBuffer, SetModule, SetParameter, Step
+from anypatch.core.twins import Subject
+from anypatch.errors import GeometryError, UnsupportedModelError
+
+MARK = "_anypatch_view"  # in every shell's attributes: its tensors that follow the geometry, by name
+SHARED = ("_parameters", "_buffers")
+FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+OPAQUE = (*ATOMS, Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Generator)
+DEPTH = 4  # objects within objects in which modules are looked for; hosts keep them one or two deep
+
+
+@dataclass(frozen=True)
+class Follows:
+    """A parameter or a learned buffer: a linear function of the model's own, which has ``shape``."""
+
+    apply: Callable[[Tensor], Tensor]
+    shape: torch.Size
+    persistent: bool = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Follows:
+        return self
+
+    def value(self, module: nn.Module, name: str) -> Tensor | None:
+        store = module._parameters if name in module._parameters else module._buffers
+        source = store[name]
+        if source is None:
+            return None
+        if source.shape != self.shape:
+            raise GeometryError(
+                f"{name} was {tuple(self.shape)} when this view was taken and is {tuple(source.shape)} now: the model "
+                f"was adapted since, take another view of it"
+            )
+        kind = source.device.type
+        if not torch.amp.is_autocast_available(kind):  # the meta device
+            return self.apply(source)
+        with torch.autocast(kind, enabled=False):
+            return self.apply(source)
+
+
+class Constant:
+    """A buffer that the host library computes from the geometry, kept where the model's own tensors are.
+
+    ``reference`` is the dictionary and the name of a tensor whose device and dtype it takes where the model has no
+    such buffer.
+    """
+
+    def __init__(
+        self, value: Tensor | None, persistent: bool, reference: tuple[dict[str, Any], str] | None = None
+    ) -> None:
+        self.exact = self.present = value
+        self.persistent = persistent
+        self.reference = reference
+
+    def value(self, module: nn.Module, name: str) -> Tensor | None:
+        exact, present, beside = self.exact, self.present, module._buffers.get(name)
+        if beside is None and self.reference is not None:
+            beside = self.reference[0].get(self.reference[1])
+        if exact is None or present is None or beside is None:
+            return present
+        dtype = beside.dtype if beside.is_floating_point() and exact.is_floating_point() else exact.dtype
+        if present.device != beside.device or present.dtype != dtype:
+            with torch.inference_mode(False):
+                present = self.present = like(exact, beside)
+        return present
+
+
+Bound = Follows | Constant
+M = TypeVar("M", bound=nn.Module)
+
+
+class Shells:
+    """Makes shells, each module's once, and rewrites references so that they stay inside the view."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, Any] = {}
+        self._keep: list[Any] = []  # ids stay valid while the objects live
+        self._plain: set[int] = set()  # objects that refer to no module
+
+    def shell(self, module: nn.Module) -> nn.Module:
+        """The shell of a module and of all that it holds."""
+        if id(module) in self.made:
+            return self.made[id(module)]
+        shell: nn.Module = object.__new__(type(module))
+        self._remember(module, shell)
+        fields = vars(shell)
+        for name, value in list(vars(module).items()):
+            if name in SHARED:
+                fields[name] = value
+            elif name not in FRESH:
+                fields[name] = self.rebound(value)
+        return shell
+
+    def rebound(self, value: Any, depth: int = 0) -> Any:
+        """A value in which modules are replaced by their shells; containers are copied, other objects shared."""
+        if isinstance(value, OPAQUE):
+            return value
+        if id(value) in self.made:
+            return self.made[id(value)]
+        if isinstance(value, nn.Module):
+            return self.shell(value)
+        if type(value) in CONTAINERS:
+            return self._container(value, depth)
+        if isinstance(value, tuple):
+            parts = [self.rebound(item, depth) for item in value]
+            if all(a is b for a, b in zip(parts, value, strict=True)):
+                return value
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if not self._refers(value, depth):
+            return value
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self.rebound(value.__self__, depth))
+        if isinstance(value, functools.partial):
+            args, keywords = self.rebound(value.args, depth), self.rebound(value.keywords, depth)
+            return functools.partial(self.rebound(value.func, depth), *args, **keywords)
+        if isinstance(value, weakref.ReferenceType):
+            return weakref.ref(self.rebound(value(), depth))
+        result = copy.copy(value)
+        self._remember(value, result)
+        vars(result).update({name: self.rebound(field, depth + 1) for name, field in list(vars(value).items())})
+        return result
+
+    def _container(self, value: Any, depth: int) -> Any:
+        result = copy.copy(value)
+        self._remember(value, result)
+        if isinstance(value, (set, frozenset)):
+            result.clear()
+            result.update(self.rebound(item, depth) for item in value)
+            return result
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            result[key] = self.rebound(item, depth)
+        return result
+
+    def _refers(self, value: Any, depth: int) -> bool:
+        """Whether an object leads to a module."""
+        if isinstance(value, OPAQUE) or id(value) in self._plain or depth > DEPTH:
+            return False
+        if isinstance(value, nn.Module):
+            return True
+        self._plain.add(id(value))  # for as long as its parts are looked at: it may lead to itself
+        self._keep.append(value)
+        found = any(self._refers(part, depth + 1) for part in _parts(value))
+        if found:
+            self._plain.discard(id(value))
+        return found
+
+    def _remember(self, value: Any, result: Any) -> None:
+        self._keep.append(value)
+        self.made[id(value)] = result
+
+
+def _parts(value: Any) -> list[Any]:
+    """What an object holds, as far as modules may be among it."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(value)
+    if isinstance(value, types.MethodType):
+        return [value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, weakref.ReferenceType):
+        return [value()]
+    fields = getattr(value, "__dict__", None)
+    return list(fields.values()) if isinstance(fields, dict) else []
+
+
+class _Bound:
+    """What shells whose tensors follow the geometry are besides their host's class."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        bound = vars(self)[MARK].get(name)
+        if isinstance(bound, Constant) and (value is None or isinstance(value, Tensor)):
+            bound.exact = bound.present = value
+        elif bound is not None:
+            raise UnsupportedModelError(f"{name} of a view is computed from its model's: set it there")
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self)[MARK]:
+            raise UnsupportedModelError(f"{name} of a view is computed from its model's, and cannot be deleted")
+        super().__delattr__(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if isinstance(vars(self)[MARK].get(name), Constant):
+            setattr(self, name, tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for name, bound in vars(self)[MARK].items():
+            value = getattr(self, name)
+            if value is None or not bound.persistent:
+                destination.pop(prefix + name, None)
+            else:
+                destination[prefix + name] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        names = [prefix + name for name in vars(self)[MARK]]
+        given = [name for name in names if name in state_dict]
+        held = {key: value for key, value in state_dict.items() if key not in given}
+        super()._load_from_state_dict(held, prefix, *rest)  # type: ignore[misc]
+        _, _, missing, _, errors = rest
+        missing[:] = [name for name in missing if name not in names]
+        if given:
+            errors.append(f"a view computes {', '.join(given)} from its model's: load into the model")
+
+
+_CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
+
+
+def _subclass(base: type, names: tuple[str, ...]) -> type:
+    """The class of shells of ``base`` in which ``names`` are computed; called like ``base`` and one per pair."""
+    with _LOCK:
+        found = _CLASSES.get((base, names))
+        if found is None:
+            namespace: dict[str, Any] = {name: _property(name) for name in names}
+            namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+            found = _CLASSES[base, names] = types.new_class(
+                base.__name__, (_Bound, base), exec_body=lambda body: body.update(namespace)
+            )
+        return found
+
+
+def _property(name: str) -> property:
+    def read(self: nn.Module) -> Tensor | None:
+        try:
+            return self.__dict__[MARK][name].value(self, name)
+        except AttributeError as error:  # else nn.Module.__getattr__ would be asked, and give the model's own tensor
+            raise RuntimeError(f"{name} cannot be computed: {error}") from error
+
+    return property(read)
+
+
+def view(model: M, plan: Plan | None) -> M:
+    """The view of ``model`` at ``plan``'s target, or at its own geometry; the model stays as it is."""
+    shells = Shells()
+    root = cast(M, shells.shell(model))
+    made = {id(module): shells.shell(module) for module in model.modules()}
+    for shell in made.values():
+        vars(shell)[MARK] = {}
+    if plan is not None:
+        for step in plan.steps:
+            _bind(step, model, made, shells)
+    for shell in made.values():
+        names = tuple(sorted(vars(shell)[MARK]))
+        if names:
+            shell.__class__ = _subclass(type(shell), names)
+    return root
+
+
+def _bind(step: Step, model: nn.Module, made: dict[int, nn.Module], shells: Shells) -> None:
+    """What a plan's step does to the model once, done to the shells for good."""
+    if isinstance(step, SetParameter):
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is step.parameter:
+                    vars(made[id(module)])[MARK][name] = Follows(step.role.apply, parameter.shape)
+    elif isinstance(step, SetBuffer):
+        if step.role is None:
+            bound: Bound = Constant(step.value, step.persistent, _reference(step.module, model))
+        else:
+            source = step.module._buffers[step.name]
+            assert source is not None  # a role resamples what is there
+            bound = Follows(step.role.apply, source.shape, step.persistent)
+        vars(made[id(step.module)])[MARK][step.name] = bound
+    elif isinstance(step, SetModule):
+        replace(step, parent=made[id(step.parent)]).apply()
+    elif isinstance(step, SetAttribute):
+        replace(step, module=made[id(step.module)], value=shells.rebound(step.value)).apply()
+    else:
+        raise UnsupportedModelError(f"a view cannot take the step {type(step).__name__}: adapt a copy of the model")
+
+
+def _reference(module: nn.Module, model: nn.Module) -> tuple[dict[str, Any], str] | None:
+    """A floating parameter of the module, or of the model."""
+    for root in (module, model):
+        for owner in root.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is not None and parameter.is_floating_point():
+                    return owner._parameters, name
+    return None
+
+
+def is_view(module: Any) -> bool:
+    """Whether a module is a view, or holds one."""
+    return isinstance(module, nn.Module) and any(MARK in vars(m) for m in module.modules())
+
+
+def require_no_view(module: Any) -> None:
+    """Refuse a view where a model of its own is needed.
+
+    Raises:
+        UnsupportedModelError: the module is a view, or holds one, or is a flexible model, which has views.
+    """
+    if is_view(module):
+        raise UnsupportedModelError(
+            f"this {type(module).__name__} is a view of another model, whose weights it shares: adapt that model, or "
+            f"take another view of it"
+        )
+    if isinstance(module, nn.Module) and any(HELD in vars(m) for m in module.modules()):
+        raise UnsupportedModelError("a flexible model has views: make another of its .model, adapted before")
+
+
+def standing(module: nn.Module) -> nn.Module:
+    """A view as an ordinary model at its geometry, with parameters in the place of what was computed.
+
+    All others are still shared. A module that is no view is returned as it is.
+    """
+    return _stand(module, Shells()) if is_view(module) else module
+
+
+def described(module: nn.Module, describe: Callable[[nn.Module], Subject]) -> Subject:
+    """What ``describe`` says of a view, which only knows ordinary models."""
+    shells, back = Shells(), Shells()
+    subject = describe(_stand(module, shells))
+    for source in module.modules():
+        back.made[id(shells.shell(source))] = source
+    return replace(subject, model=back.rebound(subject.model), about=back.rebound(subject.about))
+
+
+def _stand(module: nn.Module, shells: Shells) -> nn.Module:
+    root = shells.shell(module)
+    for source in module.modules():
+        shell = shells.shell(source)
+        bound: dict[str, Bound] = vars(shell).pop(MARK, {})
+        if not bound:
+            continue
+        object.__setattr__(shell, "__class__", type(source).__mro__[2])  # after the subclass and _Bound
+        for store in SHARED:
+            vars(shell)[store] = dict(vars(source)[store])
+        for name in bound:
+            value = getattr(source, name)
+            own = shell._parameters.get(name)
+            if own is not None and value is not None:
+                shell._parameters[name] = nn.Parameter(value.detach(), requires_grad=own.requires_grad)
+                continue
+            shell._buffers[name] = value if value is None else value.detach()
+            hidden = shell._non_persistent_buffers_set
+            (hidden.discard if bound[name].persistent else hidden.add)(name)
+    return root
