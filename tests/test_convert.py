@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import anypatch
-from anypatch import CheckpointError, GeometryError, converting
+from anypatch import CheckpointError, GeometryError
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
 from anypatch.files.reading import read_header
@@ -568,22 +568,6 @@ def test_a_source_that_shrinks_while_it_is_read(vit: Path, tmp_path: Path) -> No
         pytest.raises(CheckpointError, match="cut off"),
     ):
         streaming.copy_range(source, 0, target, vit.stat().st_size + 1)
-
-
-def test_processor_sizes() -> None:
-    old = anypatch.Geometry((16, 16), (224, 224))
-    new = anypatch.Geometry((14, 28), (448, 224))
-    raw = {
-        "size": 224,
-        "crop_size": [224, 224],
-        "patch_size": 16,
-        "image_processor": {"size": {"height": 9, "width": 9}},
-    }
-    got = converting.resized(raw, old, new)
-    assert got["size"] == (448, 224)
-    assert got["crop_size"] == [448, 224]
-    assert got["patch_size"] == (14, 28)
-    assert got["image_processor"] == {"size": {"height": 9, "width": 9}}  # not the old size: somebody's choice
 
 
 @pytest.mark.slow

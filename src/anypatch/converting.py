@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from anypatch.adaptation import make_plan
 from anypatch.core.empty import empty
-from anypatch.core.geometry import Geometry
 from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
@@ -38,6 +37,7 @@ from anypatch.files.reading import (
 from anypatch.hosts.architectures import infer
 from anypatch.hosts.base import plain as plain_size
 from anypatch.hosts.fitting import LOADERS, open_clip_from_config, transformers_class
+from anypatch.hosts.transformers import processors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,7 +46,6 @@ OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
 STALE = re.compile(
     r"(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.onnx|\.onnx_data|\.pt|\.pth|\.ckpt|\.npz|\.tflite|\.gguf|\.ot)$"
 )
-PREPROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 MAX_TEXT = 64 << 20
 
 Change = Callable[[Tensor], Tensor]
@@ -342,9 +341,10 @@ def _transformers(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> 
         plan.apply()
         config_text = merged(raw, before, model.config.to_dict())
         texts["config.json"] = _dump(config_text)
-        for name in PREPROCESSORS:
+        for name in processors.FILES:
             if (source / name).is_file():
-                texts[name] = _dump(resized(_read_json(source / name), plan.subject.geometry, plan.target))
+                _read_json(source / name)  # or its error
+        texts |= processors.texts(source, plan.subject.geometry, plan.target)
     if index is not None:
         texts[INDEX] = _dump(_reindexed(index, entries, values))
     return texts, headers, values
@@ -417,35 +417,6 @@ def merged(raw: Any, before: Any, after: Any) -> Any:
 def _plain(value: Any) -> Any:
     """As JSON would give it back."""
     return json.loads(json.dumps(value, default=str))
-
-
-def resized(raw: dict[str, Any], old: Geometry, new: Geometry) -> dict[str, Any]:
-    """An image processor's configuration for the new sizes: entries that held the old ones."""
-    result = copy.deepcopy(raw)
-    if old.image_size is not None and new.image_size is not None:
-        a, b = old.image_size[-2:], new.image_size[-2:]
-        for key in ("size", "crop_size", "image_size"):
-            if key in result:
-                result[key] = _resized(result[key], a, b)
-    if "patch_size" in result:
-        result["patch_size"] = _resized(result["patch_size"], old.patch_size[-2:], new.patch_size[-2:])
-    for key, value in result.items():
-        if key.endswith("processor") and isinstance(value, dict):
-            result[key] = resized(value, old, new)
-    return result
-
-
-def _resized(value: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return plain_size(new) if value == old[0] == old[1] else value
-    if isinstance(value, list) and tuple(value) == old:
-        return list(new)
-    if isinstance(value, dict):
-        if (value.get("height"), value.get("width")) == old:
-            return {**value, "height": new[0], "width": new[1]}
-        if value.get("shortest_edge") == min(old):
-            return {**value, "shortest_edge": min(new)}
-    return value
 
 
 # -- timm and open_clip ------------------------------------------------------------------------------------

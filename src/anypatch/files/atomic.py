@@ -380,6 +380,14 @@ def require_free(target: Path, overwrite: bool = False, source: Path | None = No
         )
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, or a directory of files, following links."""
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
 # -- onto the disk -----------------------------------------------------------------------------------------
 
 

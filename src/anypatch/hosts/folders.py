@@ -49,19 +49,19 @@ FORMATS = {
         ("model_type", "architectures"),
         ("config.json", "generation_config.json", "tf_model.h5", "flax_model.msgpack", *WEIGHTS),
         (
-            "*preprocessor_config.json",
-            "processor_config.json",
-            "chat_template.jin*",
-            "chat_template.json",
-            "tokenizer*.json",
-            "tokenizer.model",
+            "*processor_config.json",
+            "chat_template.*",
+            "additional_chat_templates",
+            "tokenizer*",
+            "*_tokenizer",
             "special_tokens_map.json",
             "added_tokens.json",
-            "vocab.json",
-            "vocab.txt",
+            "vocab*",
             "merges.txt",
-            "spiece.model",
-            "sentencepiece.bpe.model",
+            "bpe.codes",
+            "*.spm",
+            "*.model",
+            "*.tiktoken",
         ),
     ),
     "diffusers": Format(
@@ -98,3 +98,9 @@ def replaced_names(folder: Path, library: str) -> Callable[[str], bool]:
         if other != library:
             patterns += FORMATS[other].beside
     return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def travelling(folder: Path, library: str) -> list[Path]:
+    """What lies beside a model in its library's format and belongs to it: processors, tokenizers."""
+    form = FORMATS[library]
+    return [e for e in sorted(folder.iterdir()) if any(fnmatch.fnmatchcase(e.name, pattern) for pattern in form.beside)]

@@ -495,13 +495,14 @@ def _bookkeeping(model: Any, geometry: Geometry) -> list[tuple[nn.Module, str, A
     """The size that ``timm.data.resolve_model_data_config`` reads."""
     assert geometry.image_size is not None
     cfg = copy.deepcopy(model.pretrained_cfg)
+    patch, grid = _stem(model).geometry.patch_size, geometry.grid
+    for pool, size in (("pool_size", "input_size"), ("test_pool_size", "test_input_size")):
+        if cfg.get(pool) and cfg.get(size) and grid is not None:  # the last stage's map at that size: follows the grid
+            sides = zip(pair(cfg[pool]), grid, patch, cfg[size][-2:], strict=True)
+            cfg[pool] = tuple(max(1, round(pooled * new * p / side)) for pooled, new, p, side in sides)
     cfg["input_size"] = (cfg.get("input_size", (3,))[0], *geometry.image_size)
     if cfg.get("test_input_size"):
         cfg["test_input_size"] = (cfg["test_input_size"][0], *geometry.image_size)
-    old, new = _stem(model).geometry.grid, geometry.grid
-    for name in ("pool_size", "test_pool_size"):  # the last stage's map, which scales with the grid
-        if cfg.get(name) and old is not None and new is not None:
-            cfg[name] = tuple(max(1, size * n // o) for size, n, o in zip(pair(cfg[name]), new, old, strict=True))
     names = [n for n in ("pretrained_cfg", "default_cfg") if hasattr(model, n)]
     return [(model, name, cfg) for name in names]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import weakref
 from collections.abc import Callable
@@ -15,13 +14,16 @@ from torch import nn
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.errors import UnsupportedModelError
+from anypatch.files.atomic import copy_whole
+from anypatch.hosts.folders import FORMATS, travelling
 from anypatch.hosts.rebuilding import require_rebuilds
+from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.model import make, subject
-from anypatch.hosts.transformers.processors import follow, resized
 
-# What `load` read, so that `save` can write the processors that lay beside it: source and geometry at that time.
-_SOURCES: weakref.WeakKeyDictionary[nn.Module, tuple[str, Geometry]] = weakref.WeakKeyDictionary()
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+NAME = "transformers"
+
+# What `load` read, so that `save` can write what lay beside it: source, geometry at that time, and where to look.
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, tuple[str, Geometry, dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
@@ -41,7 +43,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
         kind = _saved_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
     model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
     with contextlib.suppress(UnsupportedModelError, ReferenceError):
-        _SOURCES[model] = (name, subject(model).geometry)
+        _SOURCES[model] = (name, subject(model).geometry, {k: v for k, v in host_kwargs.items() if k in HUB})
     return model
 
 
@@ -99,23 +101,44 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
         model: the model.
         directory: where to.
         **extras: ``processor``, an image, video or feature processor, or one that holds some, which is saved beside
-            the model with sizes that fit it; without it, the one in the directory that ``anypatch.load`` read. The
-            rest is ``save_pretrained``'s.
+            the model with sizes that fit it. Processors and tokenizers beside the checkpoint that the model was
+            loaded from come along, the processors with sizes that fit. The rest is ``save_pretrained``'s.
     """
     processor = extras.pop("processor", None)
     model.save_pretrained(str(directory), **extras)  # type: ignore[operator]
     _require_loads(model, directory)
-    name, old = _SOURCES.get(model, (str(getattr(model.config, "_name_or_path", "") or ""), None))
+    source, old = _source(model)
     new = subject(model).geometry
-    if processor is None and name and Path(name).is_dir():
-        for file in PROCESSOR_FILES:
-            if (Path(name) / file).is_file():
-                text = resized(json.loads((Path(name) / file).read_text()), old or _saved_geometry(name), new)
-                (directory / file).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
-    elif processor is not None:
-        if old is None and name and Path(name).is_dir():
-            old = _saved_geometry(name)
-        follow(processor, old, new).save_pretrained(str(directory))
+    if source is not None:
+        if old is None:
+            old = _saved_geometry(str(source))
+        whole = processor is not None and hasattr(processor, "attributes")  # holds what the source's files say
+        beside = [p for p in travelling(source, NAME) if not (whole and p.name in processors.FILES)]
+        for path in beside:
+            copy_whole(path, directory / path.name)
+        for file, text in processors.texts(source, old, new).items():
+            if (directory / file).exists():
+                (directory / file).write_text(text, encoding="utf-8")
+    if processor is not None:
+        processors.follow(processor, old, new).save_pretrained(str(directory))
+
+
+def _source(model: nn.Module) -> tuple[Path | None, Geometry | None]:
+    """The directory that a model was loaded from, and its geometry then, as far as they are known."""
+    name, old, about = _SOURCES.get(model, (str(getattr(model.config, "_name_or_path", "") or ""), None, {}))
+    if not name:
+        return None, old
+    folder = Path(name, about.get("subfolder", ""))
+    if folder.is_dir():
+        return folder, old
+    from huggingface_hub import snapshot_download
+
+    about = {k: v for k, v in about.items() if k in ("revision", "cache_dir", "token", "local_files_only")}
+    with contextlib.suppress(Exception):  # no such repository, or no network: then what the cache holds is all there is
+        return Path(snapshot_download(name, allow_patterns=list(FORMATS[NAME].beside), **about)), old
+    with contextlib.suppress(Exception):
+        return Path(snapshot_download(name, **{**about, "local_files_only": True})), old
+    return None, old
 
 
 def _require_loads(model: Any, directory: Path) -> None:
@@ -127,7 +150,8 @@ def _require_loads(model: Any, directory: Path) -> None:
         return make(type(model), type(model.config).from_pretrained(str(directory)))
 
     def names(built: Any) -> dict[str, tuple[int, ...]]:
-        state = built.state_dict()
+        tied = getattr(built, "all_tied_weights_keys", None) or {}  # not written, where they are one with another
+        state = {name: tensor for name, tensor in built.state_dict().items() if name not in tied}
         with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
             from transformers.core_model_loading import revert_weight_conversion
 
@@ -144,7 +168,8 @@ def _optional(built: Any) -> Callable[[str], bool]:
     for name, tensor in built.state_dict(keep_vars=True).items():
         tied.setdefault(id(tensor), []).append(name)
     shared = {name for names in tied.values() if len(names) > 1 for name in names}
-    ignored = [*(getattr(built, "_keys_to_ignore_on_save", None) or ())]
+    ignored = [*(getattr(built, "_tied_weights_keys", None) or ())]  # building without memory parts what is tied
+    ignored += [*(getattr(built, "_keys_to_ignore_on_save", None) or ())]
     ignored += getattr(built, "_keys_to_ignore_on_load_missing", None) or ()
     return lambda name: name in shared or any(name == key or re.search(key, name) for key in ignored)
 
