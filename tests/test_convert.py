@@ -29,7 +29,7 @@ import anypatch
 from anypatch import CheckpointError, GeometryError
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
-from anypatch.files.reading import read_header
+from anypatch.files.header import read_header
 
 VIT: dict[str, Any] = {"img_size": 64, "num_classes": 7, "depth": 12}
 TINY = "timm:vit_tiny_patch16_224"

@@ -27,8 +27,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
 from anypatch import CheckpointError
-from anypatch.files import reading as readers
-from anypatch.files.reading import read, read_header
+from anypatch.files import header as headers
+from anypatch.files.header import read_header
+from anypatch.files.pickles import rebuild
+from anypatch.files.reading import read
+from anypatch.files.tensors import tensor_bytes
 
 TENSORS = {
     "patch_embed.proj.weight": torch.arange(48.0).reshape(4, 3, 2, 2),
@@ -205,7 +208,7 @@ def test_damaged_headers(tmp_path: Path, header: Any, data: int, message: str) -
     assert "x.safetensors" in str(caught.value)
 
 
-@pytest.mark.parametrize("length", [1 << 62, readers.MAX_HEADER + 1, 1000])
+@pytest.mark.parametrize("length", [1 << 62, headers.MAX_HEADER + 1, 1000])
 def test_absurd_header_lengths(tmp_path: Path, length: int) -> None:
     path = _file(tmp_path / "x.safetensors", {"a": _entry()}, bytes(8), length)
     with pytest.raises(CheckpointError, match=f"header of {length} bytes"):
@@ -246,9 +249,9 @@ def test_python_objects_in_arrays_are_named(tmp_path: Path) -> None:
 )
 def test_scripted_tensors_stay_within_their_storage(size: Any, stride: Any, offset: int) -> None:
     record = torch.arange(8.0)
-    assert readers._rebuild(record, 1, (2, 2), (4, 1)).tolist() == [[1, 2], [5, 6]]
+    assert rebuild(record, 1, (2, 2), (4, 1)).tolist() == [[1, 2], [5, 6]]
     with pytest.raises(pickle.UnpicklingError):
-        readers._rebuild(record, offset, size, stride)
+        rebuild(record, offset, size, stride)
 
 
 def test_unaligned_tensors(tmp_path: Path) -> None:
@@ -275,13 +278,13 @@ def test_any_header(tmp_path: Path, header: Any, data: bytes) -> None:
 
 
 @given(st.dictionaries(st.text(max_size=6), st.tuples(
-    st.sampled_from(sorted(readers.DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=5))  # fmt: skip
+    st.sampled_from(sorted(headers.DTYPES)), st.lists(st.integers(0, 3), max_size=3)), max_size=5))  # fmt: skip
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_good_file(tmp_path: Path, described: dict[str, tuple[str, list[int]]]) -> None:
     described.pop("__metadata__", None)
     table, position = {}, 0
     for name, (dtype, shape) in described.items():
-        size = int(np.prod(shape)) * readers.BITS[dtype] // 8
+        size = int(np.prod(shape)) * headers.BITS[dtype] // 8
         table[name] = _entry(dtype, shape, (position, position + size))
         position += size
     data = random.Random(0).randbytes(position)
@@ -291,8 +294,8 @@ def test_any_good_file(tmp_path: Path, described: dict[str, tuple[str, list[int]
     checkpoint = read(path)
     for name, entry in read_header(path).entries.items():
         tensor = checkpoint.tensors[name]
-        assert (list(tensor.shape), tensor.dtype) == (described[name][1], readers.DTYPES[described[name][0]])
-        assert readers.tensor_bytes(tensor) == data[entry.start : entry.end]
+        assert (list(tensor.shape), tensor.dtype) == (described[name][1], headers.DTYPES[described[name][0]])
+        assert tensor_bytes(tensor) == data[entry.start : entry.end]
 
 
 # -- mutation ----------------------------------------------------------------------------------------------

@@ -12,20 +12,23 @@ from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
-from anypatch.files.reading import Checkpoint, read, require_finite
+from anypatch.files.reading import Checkpoint, read
+from anypatch.files.tensors import require_finite
 from anypatch.hosts.architectures import choose
 from anypatch.hosts.fitting import LOADERS
 
 
-def load_file(path: str | Path, arch: str | None = None, **host_kwargs: Any) -> nn.Module:
+def load_file(path: str | Path, arch: str | None = None, *, prefix: str | None = None, **host_kwargs: Any) -> nn.Module:
     """Load a checkpoint file into the host library's own model, at the geometry the file was trained at.
 
     The library's own converter is used at that geometry, so that nothing is resampled on the way.
 
     Args:
-        path: a ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.npz`` file.
+        path: a file of safetensors, ``torch.save``, ``torch.jit.save`` or NumPy, whatever its name.
         arch: ``"timm:NAME"``, ``"open_clip:NAME"``, ``"torchvision:NAME"`` or ``"transformers:DIRECTORY"``; found
             from the tensors where they tell.
+        prefix: which of several models in the file, by what stands before the name of its patch projection
+            (``"module.base_encoder"``); found where there is one.
         **host_kwargs: passed on to the host library's constructor.
 
     Returns:
@@ -35,11 +38,14 @@ def load_file(path: str | Path, arch: str | None = None, **host_kwargs: Any) -> 
         CheckpointError: the file is damaged or unsafe, or does not fit ``arch``; or ``arch`` is needed.
         UnsupportedModelError: no such architecture.
     """
-    checkpoint = read(path)
+    checkpoint = read(path, prefix)
     if arch is None and (beside := _beside(checkpoint.path)) is not None:
         arch, given = beside
         host_kwargs = {**given, **host_kwargs}
-    library, name = split(arch if arch is not None else choose(checkpoint))
+    if arch is None:
+        checkpoint.require_one()
+        arch = choose(checkpoint)
+    library, name = split(arch)
     _require_finite(checkpoint)
     try:
         return LOADERS[library](name, checkpoint, dict(host_kwargs))
@@ -100,6 +106,7 @@ def convert(
     kernel: Any = "wiener",
     positions: PositionsLike = "antialias",
     arch: str | None = None,
+    prefix: str | None = None,
     link: bool = False,
 ) -> None:
     """Convert a checkpoint file or directory to another geometry without loading the model.
@@ -113,6 +120,7 @@ def convert(
         target: the ``.safetensors`` file or the directory to write; may be ``source``.
         patch_size, image_size, keep, kernel, positions: as in :func:`anypatch.adapt`.
         arch: for a file whose tensors do not tell, as in :func:`load_file`.
+        prefix: for a file that holds several models: what stands before the name of the patch projection.
         link: give files that do not change a second name instead of copying them (same file system only).
 
     Raises:
@@ -133,8 +141,9 @@ def convert(
         "positions": positions,
     }
     if source.is_dir():
-        if arch is not None:
-            raise CheckpointError(f"{source} says itself what it is: leave out arch")
+        if arch is not None or prefix is not None:
+            raise CheckpointError(f"{source} says itself what it is: leave out arch and prefix")
         convert_directory(source, target, ask, link)
     else:
-        convert_file(source, target, _beside(source) if arch is None else (":".join(split(arch)), {}), ask)
+        described = _beside(source) if arch is None else (":".join(split(arch)), {})
+        convert_file(source, target, described, ask, prefix)

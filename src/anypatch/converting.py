@@ -23,17 +23,9 @@ from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
-from anypatch.files.reading import (
-    TYPE_NAMES,
-    Checkpoint,
-    Entry,
-    Header,
-    map_tensors,
-    read,
-    read_header,
-    require_finite,
-    tensor_bytes,
-)
+from anypatch.files.header import TYPE_NAMES, Entry, Header, map_tensors, read_header
+from anypatch.files.reading import Checkpoint, read
+from anypatch.files.tensors import require_finite, tensor_bytes
 from anypatch.hosts.architectures import infer
 from anypatch.hosts.base import plain as plain_size
 from anypatch.hosts.fitting import LOADERS, open_clip_from_config, transformers_class
@@ -54,7 +46,13 @@ Change = Callable[[Tensor], Tensor]
 # -- one file ----------------------------------------------------------------------------------------------
 
 
-def convert_file(source: Path, target: Path, arch: tuple[str, dict[str, Any]] | None, ask: Mapping[str, Any]) -> None:
+def convert_file(
+    source: Path,
+    target: Path,
+    arch: tuple[str, dict[str, Any]] | None,
+    ask: Mapping[str, Any],
+    prefix: str | None = None,
+) -> None:
     """Convert one checkpoint file to a ``.safetensors`` file.
 
     Raises:
@@ -63,7 +61,8 @@ def convert_file(source: Path, target: Path, arch: tuple[str, dict[str, Any]] | 
     """
     if target.suffix != ".safetensors":
         raise CheckpointError(f"{target}: convert writes .safetensors files")
-    checkpoint = read(source)
+    checkpoint = read(source, prefix)
+    checkpoint.require_one()
     if checkpoint.kind == "npz":
         raise CheckpointError(
             f"{source} is in Google's layout: load it with anypatch.load and save it with anypatch.save"
@@ -78,6 +77,7 @@ def convert_file(source: Path, target: Path, arch: tuple[str, dict[str, Any]] | 
     changed = {} if plan is None else changed_tensors(checkpoint, model, plan)
     if checkpoint.kind == "safetensors":
         header = read_header(source)
+        changed = {checkpoint.names[n]: t for n, t in changed.items()}
         sizes = {n: tuple(t.shape) for n, t in changed.items()}
         total = sum(e.end - e.start for e in header.entries.values())
         with _progress(target.name, total) as progress, atomic.replacing_file(target) as file:
@@ -301,9 +301,7 @@ def read_shards(source: Path) -> tuple[dict[str, Header], dict[str, Any] | None]
 def _stored(headers: Mapping[str, Header], name: str) -> Tensor:
     """One tensor, mapped from its shard."""
     header = next(h for h in headers.values() if name in h.entries)
-    entry = header.entries[name]
-    only = Header(header.path, {name: entry}, {}, header.data_start, header.file_size)
-    return map_tensors(only)[name]
+    return map_tensors(header, [name])[name]
 
 
 # -- transformers ------------------------------------------------------------------------------------------
@@ -435,7 +433,7 @@ def _timm(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converte
     plan = make_plan(model, **ask)
     if plan is None:
         return {}, headers, {}
-    values = changed_tensors(checkpoint, model, plan)
+    values = {checkpoint.names[n]: t for n, t in changed_tensors(checkpoint, model, plan).items()}
     before = _timm_config(model)
     plan.apply()
     text = merged(raw, before, _timm_config(model))
@@ -473,7 +471,7 @@ def _open_clip(source: Path, ask: Mapping[str, Any]) -> Converted:
     headers = {OPEN_CLIP[1]: read_header(path)}
     if plan is None:
         return {}, headers, {}
-    values = changed_tensors(checkpoint, model, plan)
+    values = {checkpoint.names[n]: t for n, t in changed_tensors(checkpoint, model, plan).items()}
     text = copy.deepcopy(raw)
     assert plan.target.image_size is not None
     text["model_cfg"]["vision_cfg"]["patch_size"] = plain_size(plan.target.patch_size)

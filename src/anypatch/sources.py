@@ -106,7 +106,7 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
     if path.is_dir():
         folder, name = recognise_directory(path)
         return door.load(hosts.library(folder), name, **host_kwargs)
-    if path.is_file() or source.endswith(CHECKPOINT_SUFFIXES):
+    if path.exists() or source.endswith(CHECKPOINT_SUFFIXES):
         from anypatch.conversion import load_file
 
         if host_kwargs.get("pretrained", True) is not True:

@@ -20,7 +20,7 @@ KERNELS = (
     (r"(^|\.)embeddings\.patch_embeddings\.weight$", "o i h w"),
     (r"(^|\.)embeddings\.patch_embedding\.weight$", "o i h w"),
     (r"(^|visual\.)conv1\.weight$", "o i h w"),  # OpenAI CLIP, OpenCLIP
-    (r"^conv_proj\.weight$", "o i h w"),  # torchvision
+    (r"(^|\.)conv_proj\.weight$", "o i h w"),  # torchvision
     (r"(^|/)embedding/kernel$", "h w i o"),  # Google's .npz
     (r"(^|\.)embeds\.proj\.weight$", "o (h w i)"),  # NaFlex
     (r"(^|\.)patch_generator\.embedder\.weight$", "o (h w i)"),  # RADIO
@@ -28,8 +28,47 @@ KERNELS = (
 POSITIONS = re.compile(
     r"(^|[./])(pos_embed|pos_embedding|positional_embedding|position_embeddings?(\.weight)?|embed_positions(\.A)?\.weight)$"
 )
+# Projections that stand at the root of a model in its library's own terms, so that what is before them is a wrapper's.
+# Left out: transformers' names, which begin with the name of the model in the class that holds it.
+ROOTED = re.compile(r"(?:^|(?<=\.))(patch_embed\.proj(ection)?|visual\.conv1|conv_proj|embeds\.proj)\.weight$")
+# What open_clip, Segment Anything and AIMv2 themselves put before it, which converters look for.
+INNER = ("visual.trunk.", "image_encoder.", "preprocessor.")
+CHUNKED = re.compile(r"^blocks\.(\d+)\.(\d+)\.")
 NOT_IMAGE = re.compile(r"(^|[./])(text|txt|decoder|predictor|language)([_./]|model)")
 MAX_PREFIX = 16
+
+
+def wrapper(name: str) -> str | None:
+    """What stands before the name of a patch projection, or ``None`` where ``name`` is no such name.
+
+    >>> wrapper("module.base_encoder.patch_embed.proj.weight")
+    'module.base_encoder.'
+    >>> wrapper("model.visual.trunk.patch_embed.proj.weight")
+    'model.'
+    """
+    found = ROOTED.search(name)
+    if found is None or NOT_IMAGE.search(name):
+        return None
+    prefix = name[: found.start()]
+    inner = next((part for part in INNER if prefix == part or prefix.endswith("." + part)), "")
+    return prefix.removesuffix(inner)
+
+
+def unchunked(names: Mapping[str, str]) -> dict[str, str]:
+    """Names of blocks that DINOv2's training keeps in chunks (``blocks.0.3.norm1.weight``), as one stack.
+
+    The second number counts through all chunks; where it does not, as in models of several stages, nothing changes.
+    """
+    found = {name: match for name in names if (match := CHUNKED.match(name))}
+    if not found or not all(name in found for name in names if name.startswith("blocks.")):
+        return dict(names)
+    chunks: dict[int, set[int]] = {}
+    for match in found.values():
+        chunks.setdefault(int(match[1]), set()).add(int(match[2]))
+    order = [index for chunk in sorted(chunks) for index in sorted(chunks[chunk])]
+    if order != list(range(len(order))) or "pos_embed" not in names:
+        return dict(names)
+    return {CHUNKED.sub(r"blocks.\2.", name): stored for name, stored in names.items()}
 
 
 @dataclass(frozen=True)

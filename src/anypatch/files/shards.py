@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from anypatch.errors import CheckpointError
 from anypatch.files.atomic import Flusher
-from anypatch.files.reading import BITS, Header
+from anypatch.files.header import BITS, Header
 
 CHUNK = 8 << 20
 STEP = 256 << 20  # bytes copied between two signs of progress

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from anypatch.files.reading import read_header
+from anypatch.errors import CheckpointError
+from anypatch.files.header import read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,3 +44,19 @@ def difference(stored: Shapes, taken: Shapes, optional: Callable[[str], bool] = 
             return f"{name} of shape {tuple(taken[name])}, where the model has {tuple(shape)}"
     missing = next((name for name in taken if name not in stored and not optional(name)), None)
     return None if missing is None else f"{missing}, which the model does not have"
+
+
+def require_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse to resample NaN and infinite values, which would spread."""
+    values = tensor.detach()
+    if values.is_floating_point() and values.dtype.itemsize == 1:
+        values = values.float()
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).sum())
+        raise CheckpointError(f"{path}: tensor {name!r} has {bad} NaN or infinite values and has to be resampled")
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's values in memory order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -8,6 +8,7 @@ import io
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from anypatch.core.geometry import show
 from anypatch.errors import AnypatchWarning, CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
+from anypatch.files.wrappers import rooted
 from anypatch.hosts.base import plain, unknown
 
 _patching = threading.RLock()
@@ -86,16 +88,23 @@ def load_timm(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, Any]) ->
         CheckpointError: the file does not fit ``name``.
         UnsupportedModelError: timm knows no such model.
     """
+    checkpoint.require_one()
     native = layouts.native(checkpoint.tensors)
     arch = f"timm:{name}"
     if layouts.origin(checkpoint.tensors) == "npz":
         model, _ = build_timm(name, native, host_kwargs)
         return _load_npz(model, checkpoint, arch, native, host_kwargs)
     model, convert = build_timm(name, native, host_kwargs)
+    checkpoint = _rooted(model, checkpoint)
     tensors = converted(model, convert, checkpoint, arch)
     _adapt_channels(model, tensors, host_kwargs)
     _fit_head(model, tensors, checkpoint, arch, host_kwargs)
     return assign(model, tensors, checkpoint, arch)
+
+
+def _rooted(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    tensors = rooted(checkpoint.tensors, (name for name, _ in model.named_parameters()), checkpoint.path)
+    return checkpoint if tensors is checkpoint.tensors else replace(checkpoint, tensors=tensors)
 
 
 def build_timm(
@@ -165,6 +174,9 @@ def converted(
         CheckpointError: the converter does not understand the file, or would have resampled a tensor.
     """
     tensors = dict(checkpoint.tensors)
+    if "patch_embed.proj.weight" in tensors and any(".mlp.lin1." in name for name in tensors):
+        # Segment Anything's encoder on its own; timm's converter knows it by the name it has in the whole model
+        tensors = {f"image_encoder.{name}": tensor for name, tensor in tensors.items()}
     if "decoder_pos_embed" in tensors and "mask_token" in tensors:  # MAE before fine-tuning
         tensors = {n: t for n, t in tensors.items() if not n.startswith(("decoder_", "mask_token"))}
     if convert is None:
@@ -335,9 +347,11 @@ def load_open_clip(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, Any
     """
     from anypatch.hosts.open_clip import model as host
 
+    checkpoint.require_one()
     name = name.split("/")[0]
     native = layouts.native(checkpoint.tensors)
     model = build_open_clip(name, native, host_kwargs)
+    checkpoint = _rooted(model, checkpoint)
     tensors = open_clip_names(model, checkpoint, f"open_clip:{name}")
     assign(model, tensors, checkpoint, f"open_clip:{name}")
     import open_clip
@@ -428,8 +442,10 @@ def load_torchvision(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, A
         CheckpointError: the file does not fit ``name``.
         UnsupportedModelError: torchvision knows no such model.
     """
+    checkpoint.require_one()
     name = name.split("/")[0]
     model = build_torchvision(name, checkpoint.tensors, host_kwargs)
+    checkpoint = _rooted(model, checkpoint)
     return assign(model, dict(checkpoint.tensors), checkpoint, f"torchvision:{name}")
 
 
@@ -469,9 +485,10 @@ def load_transformers(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, 
     """
     kind, config = transformers_class(name, host_kwargs.pop("config", None))
     host_kwargs.setdefault("dtype", "auto")
+    tensors = _transformers_names(kind, config, checkpoint)
     try:
         model, report = kind.from_pretrained(
-            None, config=config, state_dict=dict(checkpoint.tensors), output_loading_info=True, **host_kwargs
+            None, config=config, state_dict=tensors, output_loading_info=True, **host_kwargs
         )
     except Exception as error:
         raise CheckpointError(
@@ -483,6 +500,26 @@ def load_transformers(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, 
         parts += [f"{kind.__name__} has no {_list(surplus)}"] if surplus else []
         raise CheckpointError(f"{checkpoint.path} does not fit transformers:{name}: {'; '.join(parts)}")
     return model
+
+
+def _transformers_names(kind: Any, config: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The file's tensors without a prefix that training code put before all of transformers' own names."""
+    table = dict(checkpoint.whole or checkpoint.tensors)
+    try:
+        model: Any = empty(lambda: kind(config))
+    except Exception:
+        return table  # from_pretrained says why
+    own = [name for name, _ in model.named_parameters()]
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    inner = [name.removeprefix(base) for name in own if name.startswith(base)]
+    known = {*own, *inner, *(base + name for name in own)}  # with or without the base model's name, as it takes them
+    if any(name in known for name in table):
+        return table
+    for names in (own, inner):
+        found = rooted(table, names, checkpoint.path)
+        if found is not table:
+            return found
+    return dict(checkpoint.tensors)
 
 
 def transformers_class(name: str, config: Any = None) -> tuple[Any, Any]:
