@@ -100,9 +100,7 @@ def test_several_models_are_listed_and_one_is_chosen(tmp_path: Path, state: Stat
     for prefix, factor in (("module.base_encoder", 1.0), ("module.momentum_encoder.", 0.5)):
         model = anypatch.load(path, arch=TINY, prefix=prefix, **ARGUMENTS)
         assert all(torch.equal(tensor, state[key] * factor) for key, tensor in model.state_dict().items())
-    with pytest.raises(
-        CheckpointError, match=r"no patch projection behind 'queue'; there is one behind .*base_encoder"
-    ):
+    with pytest.raises(CheckpointError, match=r"no patch projection behind .queue.; there is one behind "):
         anypatch.load(path, arch=TINY, prefix="queue", **ARGUMENTS)
 
 

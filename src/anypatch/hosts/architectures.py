@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 from torch import Tensor, nn
 
@@ -24,8 +21,7 @@ from anypatch.hosts.fitting import (
     head_names,
     open_clip_names,
 )
-
-_patching = threading.RLock()
+from anypatch.hosts.timm.files import construction
 
 # timm's modules whose models have one width and one depth, which tensors tell.
 PLAIN = re.compile(r"timm\.models\.(vision_transformer(_relpos|_sam)?|deit|beit|eva)$")
@@ -128,7 +124,7 @@ def _named(width: int, depth: int, native: layouts.Native) -> list[str]:
         entry = timm.models.model_entrypoint(name)
         if not PLAIN.search(entry.__module__):
             continue
-        arguments = _constructor_arguments(name, entry)
+        arguments = _constructor_arguments(name)
         if arguments.get("embed_dim") != width or arguments.get("depth") != depth:
             continue
         own = arguments.get("patch_size")
@@ -141,27 +137,13 @@ def _named(width: int, depth: int, native: layouts.Native) -> list[str]:
     return [item[-1] for item in found]
 
 
-class _CapturedError(Exception):
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-
-
-def _constructor_arguments(name: str, entry: Any) -> dict[str, Any]:
+def _constructor_arguments(name: str) -> dict[str, Any]:
     """What timm would construct a model with, without constructing it."""
-
-    def capture(model_cls: Any, variant: str, *_: Any, **kwargs: Any) -> None:
-        parameters = inspect.signature(model_cls).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        raise _CapturedError({**defaults, **kwargs})
-
-    with _patching, mock.patch.object(sys.modules[entry.__module__], "build_model_with_cfg", capture):
-        try:
-            entry(pretrained=False)
-        except _CapturedError as captured:
-            return captured.arguments
-        except Exception:
-            return {}
-    return {}
+    made = construction(name)
+    if made is None:
+        return {}
+    parameters = inspect.signature(made.kind).parameters.values()
+    return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **made.arguments}
 
 
 def _fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +18,7 @@ from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
 from anypatch.files.wrappers import rooted
 from anypatch.hosts.base import plain, unknown
-
-_patching = threading.RLock()
+from anypatch.hosts.timm.files import construction
 
 
 def _list(names: list[str], limit: int = 6) -> str:
@@ -129,8 +125,7 @@ def build_timm(
     error: Exception | None = None
     for arguments in attempts:
         try:
-            with _captured_filter() as found:
-                model = empty(lambda a=arguments: timm.create_model(name, pretrained=True, **a))  # type: ignore[misc]
+            model = empty(lambda a=arguments: timm.create_model(name, **a))  # type: ignore[misc]
         except RuntimeError as caught:
             if "Unknown model" in str(caught) or "Invalid pretrained tag" in str(caught):
                 raise unknown("timm", name, timm.list_models()) from None
@@ -138,31 +133,12 @@ def build_timm(
         except (TypeError, AssertionError, ValueError) as caught:
             error = error or caught
         else:
-            return model, found[0] if found else None
+            made = construction(name.partition(".")[0], **arguments)
+            return model, made.converter if made else None
     raise UnsupportedModelError(
         f"timm cannot build {name} with patch_size {show(native.patch)} and image_size {show(native.image)}, "
         f"the sizes of the file: {error}"
     ) from error
-
-
-@contextlib.contextmanager
-def _captured_filter() -> Iterator[list[Callable[..., Any]]]:
-    """Have timm hand over a model's checkpoint converter where it would load weights."""
-    from timm.models import _builder
-
-    found: list[Callable[..., Any]] = []
-
-    def capture(model: nn.Module, *_: Any, filter_fn: Any = None, **__: Any) -> None:
-        if filter_fn is not None:
-            found.append(filter_fn)
-
-    with _patching:
-        original = _builder.load_pretrained
-        _builder.load_pretrained = capture
-        try:
-            yield found
-        finally:
-            _builder.load_pretrained = original
 
 
 def converted(
@@ -182,7 +158,7 @@ def converted(
     if convert is None:
         return tensors
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        with torch.no_grad():
             try:
                 result = convert(tensors, model)
             except TypeError:
