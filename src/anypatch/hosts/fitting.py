@@ -420,8 +420,8 @@ def load_torchvision(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, A
     """
     checkpoint.require_one()
     name = name.split("/")[0]
+    checkpoint = _rooted(build_torchvision(name, {}, host_kwargs), checkpoint)
     model = build_torchvision(name, checkpoint.tensors, host_kwargs)
-    checkpoint = _rooted(model, checkpoint)
     return assign(model, dict(checkpoint.tensors), checkpoint, f"torchvision:{name}")
 
 
