@@ -133,6 +133,8 @@ def test_a_failed_check_exits_with_one(anypatch: Anypatch, monkeypatch: pytest.M
         (["sweep", *VIT, "--patch-size", "16", "--images", "nowhere", "--output", "a/b"], "nowhere"),
         (["view", *VIT, "nowhere.png", "--patch-size", "16", "--output", "a/b.png"], "nowhere.png"),
         (["adapt", "timm:test_vit4", "--patch-size", "8", "--output", "a/b/c"], "pretrained=False"),
+        (["sweep", *VIT, "--patch-size", "16", "--device", "quantum", "--output", "a/b"], "'quantum' here: use cpu"),
+        (["view", *VIT, "photo.jpg", "--patch-size", "16", "--device", "cuda:99", "--output", "a/b.png"], "photo.jpg"),
         (["convert", "nowhere", "a/b", "--patch-size", "8"], "does not exist"),
         (["frobnicate"], "frobnicate"),
         (["adapt", *VIT, "--patch-size", "8"], "--output"),

@@ -26,6 +26,11 @@ class Positions(str, Enum):
     host = "host"
 
 
+class Reference(str, Enum):
+    asked = "asked"
+    native = "native"
+
+
 class Kernel(str, Enum):
     wiener = "wiener"
     pi = "pi"
@@ -51,6 +56,13 @@ KeepOption = Annotated[Keep, typer.Option("--keep", help="Without --image-size: 
 PositionsOption = Annotated[
     Positions,
     typer.Option("--positions", help="How position tables are resampled: bicubic with antialias, or as the library."),
+]
+ReferenceOption = Annotated[
+    Reference,
+    typer.Option(
+        "--reference",
+        help="What fidelity is measured against: the native patch at the asked image size, or the model as it is.",
+    ),
 ]
 KernelOption = Annotated[Kernel, typer.Option("--kernel", help="How patch kernels are resized.")]
 Arch = Annotated[Optional[str], typer.Option(help="Architecture of a checkpoint file, such as timm:NAME.")]

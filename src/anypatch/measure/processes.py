@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from anypatch.errors import AnypatchError
+
 T = TypeVar("T")
 
 
@@ -27,12 +29,12 @@ class Team:
             from accelerate import PartialState
 
             # Without being told, accelerate does not join processes that have no accelerator.
-            chosen = best_device() if device is None else torch.device(device)
+            chosen = best_device() if device is None else usable(device)
             state = PartialState(cpu=True) if chosen.type == "cpu" else PartialState()
             self.rank, self.size = state.process_index, state.num_processes
-            self.device = torch.device(device) if device is not None else state.device
+            self.device = usable(device) if device is not None else state.device
         elif device is not None:
-            self.device = torch.device(device)
+            self.device = usable(device)
         else:
             self.device = best_device()
 
@@ -64,6 +66,22 @@ class Team:
         if failure is not None:
             raise failure
         return value
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        AnypatchError: there is no such device; the message names those that are there.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise AnypatchError(f"there is no device {str(device)!r} here: use {' or '.join(here)}") from error
+    return found
 
 
 def best_device() -> torch.device:

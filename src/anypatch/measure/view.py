@@ -21,7 +21,7 @@ from anypatch.measure.features import Reader, at_geometry, dtype_of
 from anypatch.measure.job import on_device
 from anypatch.measure.loading import load_model
 from anypatch.measure.preprocess import preprocess_of
-from anypatch.measure.processes import best_device
+from anypatch.measure.processes import best_device, usable
 from anypatch.measure.targets import Asked, show_side, targets_of
 from anypatch.report.colours import shared_colours
 
@@ -62,7 +62,7 @@ def view(
     subject = describe(load_model(source, arch, host_kwargs))
     targets = targets_of(subject, Asked(patch_sizes, image_size, keep, kernel, positions)).targets
     preprocess = preprocess_of(subject, None if isinstance(source, nn.Module) else str(source))
-    place = best_device() if device is None else torch.device(device)
+    place = best_device() if device is None else usable(device)
     base = on_device(subject, place)
     views, features = [], []
     for target in targets:
