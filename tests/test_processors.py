@@ -208,6 +208,7 @@ def test_everything_that_processors_need_travels(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / "out" / "optimizer.pt").exists()
     (source / "optimizer.pt").unlink()
+    transformers.CLIPModel.from_pretrained(source).save_pretrained(source)  # the configuration in the form it keeps
     converted, saved = _both_ways(source, tmp_path, patch_size=8)
     _equal(converted, saved)
 
