@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-slow fuzz lint bench docs site peers coverage-table clean
+.PHONY: demo test test-slow fuzz lint bench docs site peers coverage-table dist clean
 
 demo: $(READY)
 	$(BIN)/anypatch demo
@@ -39,6 +39,9 @@ peers: $(READY)
 
 coverage-table: $(READY)
 	$(BIN)/python tools/coverage_table.py
+
+dist: $(READY)
+	$(BIN)/python tools/check_dist.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
