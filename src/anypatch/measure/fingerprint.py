@@ -325,7 +325,7 @@ def _held(value: Any) -> Any:
     held = {name: getattr(value, name) for name in slots if name not in IGNORED and hasattr(value, name)}
     if hasattr(value, "__dict__"):
         held |= vars(value)
-    if held or (type(value).__reduce_ex__ is object.__reduce_ex__ and type(value).__module__ != "builtins"):
+    if held or hasattr(value, "__dict__"):
         return dict(sorted((k, v) for k, v in held.items() if k not in IGNORED))
     try:
         reduced = value.__reduce_ex__(2)
