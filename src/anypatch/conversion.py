@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
+from anypatch.files.configs import read_config
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.tensors import require_finite
 from anypatch.hosts.architectures import choose
 from anypatch.hosts.fitting import LOADERS
+from anypatch.hosts.timm.files import described
 
 
 def load_file(path: str | Path, arch: str | None = None, *, prefix: str | None = None, **host_kwargs: Any) -> nn.Module:
@@ -81,16 +82,10 @@ def _beside(file: Path) -> tuple[str, dict[str, Any]] | None:
     path = file.parent / "config.json"
     if file.stem not in ("model", "pytorch_model") or not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no configuration")
-    if isinstance(config.get("architecture"), str):
-        arguments = config.get("model_args") or {}
-        keys = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
-        return f"timm:{config['architecture']}", {**keys, **arguments}
+    config = read_config(path)
+    if isinstance(config.get("architecture"), str) and "model_type" not in config:
+        name, arguments = described(config, path)
+        return f"timm:{name}", arguments
     if "model_type" in config:
         return f"transformers:{file.parent}", {}
     return None

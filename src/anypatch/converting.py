@@ -23,12 +23,15 @@ from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
+from anypatch.files.configs import read_config, read_json
 from anypatch.files.header import TYPE_NAMES, Entry, Header, map_tensors, read_header
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.tensors import require_finite, tensor_bytes
 from anypatch.hosts.architectures import infer
 from anypatch.hosts.base import plain as plain_size
 from anypatch.hosts.fitting import LOADERS, open_clip_from_config, transformers_class
+from anypatch.hosts.open_clip.files import require_safe
+from anypatch.hosts.timm.files import described
 from anypatch.hosts.transformers import processors
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +41,6 @@ OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
 STALE = re.compile(
     r"(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.onnx|\.onnx_data|\.pt|\.pth|\.ckpt|\.npz|\.tflite|\.gguf|\.ot)$"
 )
-MAX_TEXT = 64 << 20
 
 Change = Callable[[Tensor], Tensor]
 
@@ -178,7 +180,7 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
         link = False
     elif source.resolve() in target.resolve().parents or target.resolve() in source.resolve().parents:
         raise CheckpointError(f"{target} and {source} lie within one another")
-    config = _read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    config = read_config(source / "config.json") if (source / "config.json").is_file() else {}
     if (source / OPEN_CLIP[0]).is_file():
         texts, headers, values = _open_clip(source, ask)
     elif isinstance(config.get("architecture"), str):
@@ -249,20 +251,6 @@ def _other_files(source: Path, written: set[str]) -> Iterator[Path]:
             yield path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_TEXT:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, which no configuration has")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it is no table")
-    return value
-
-
 def _dump(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -277,7 +265,7 @@ def read_shards(source: Path) -> tuple[dict[str, Header], dict[str, Any] | None]
         if not (source / SINGLE).is_file():
             raise CheckpointError(f"{source} holds neither {SINGLE} nor {INDEX}")
         return {SINGLE: read_header(source / SINGLE)}, None
-    index = _read_json(source / INDEX)
+    index = read_json(source / INDEX)
     table = index.get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
         raise CheckpointError(f"{source / INDEX} is damaged: it has no weight_map")
@@ -341,7 +329,7 @@ def _transformers(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> 
         texts["config.json"] = _dump(config_text)
         for name in processors.FILES:
             if (source / name).is_file():
-                _read_json(source / name)  # or its error
+                read_json(source / name)  # or its error
         texts |= processors.texts(source, plan.subject.geometry, plan.target)
     if index is not None:
         texts[INDEX] = _dump(_reindexed(index, entries, values))
@@ -424,12 +412,11 @@ def _timm(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converte
     headers, _ = read_shards(source)
     if list(headers) != [SINGLE]:
         raise CheckpointError(f"{source}: timm reads {SINGLE} only, not shards")
-    arguments = {k: raw[k] for k in ("num_classes", "global_pool") if raw.get(k) is not None}
-    arguments |= raw.get("model_args") or {}
+    name, arguments = described(raw, source / "config.json")
     checkpoint = read(source / SINGLE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = LOADERS["timm"](raw["architecture"], checkpoint, arguments)
+        model = LOADERS["timm"](name, checkpoint, arguments)
     plan = make_plan(model, **ask)
     if plan is None:
         return {}, headers, {}
@@ -454,11 +441,12 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "config.json"
         save_config_for_hf(model, str(path))
-        return _read_json(path)
+        return read_config(path)
 
 
 def _open_clip(source: Path, ask: Mapping[str, Any]) -> Converted:
-    raw = _read_json(source / OPEN_CLIP[0])
+    raw = read_json(source / OPEN_CLIP[0])
+    require_safe(source)
     cfg = raw.get("model_cfg")
     if not isinstance(cfg, dict) or not isinstance(cfg.get("vision_cfg"), dict):
         raise CheckpointError(f"{source / OPEN_CLIP[0]} has no model_cfg with a vision_cfg")

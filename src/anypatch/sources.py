@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,6 +17,7 @@ from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
+from anypatch.files.configs import read_json
 from anypatch.hosts import door
 from anypatch.hosts.folders import replaced_names
 
@@ -105,7 +105,12 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
     path = Path(source).expanduser()
     if path.is_dir():
         folder, name = recognise_directory(path)
-        return door.load(hosts.library(folder), name, **host_kwargs)
+        try:
+            return door.load(hosts.library(folder), name, **host_kwargs)
+        except UnsupportedModelError as error:
+            if host_kwargs or not isinstance(error.__cause__, TypeError):
+                raise  # a library that is not there, or an option of the caller's
+            raise CheckpointError(f"{path}: {error}") from error.__cause__
     if path.exists() or source.endswith(CHECKPOINT_SUFFIXES):
         from anypatch.conversion import load_file
 
@@ -167,7 +172,7 @@ def recognise_directory(path: Path) -> tuple[str, str]:
         return "open_clip", f"local-dir:{path}"
     if (path / "torchvision.json").is_file():
         return "torchvision", str(path)
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     if "architecture" in config:
         return "timm", f"local-dir:{path}"
     if "model_type" in config or "architectures" in config:
@@ -178,16 +183,6 @@ def recognise_directory(path: Path) -> tuple[str, str]:
         f"{path} is in no host library's format: no open_clip_config.json, no torchvision.json, and no config.json "
         f"with model_type (transformers) or architecture (timm)"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
 def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:

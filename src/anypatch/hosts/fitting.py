@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from anypatch.core.empty import empty
 from anypatch.core.geometry import show
 from anypatch.errors import AnypatchWarning, CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
+from anypatch.files.configs import read_config, require_name
 from anypatch.files.reading import Checkpoint
 from anypatch.files.wrappers import rooted
 from anypatch.hosts.base import plain, unknown
 from anypatch.hosts.timm.files import construction
+from anypatch.hosts.transformers.files import require_safe
 
 
 def _list(names: list[str], limit: int = 6) -> str:
@@ -113,6 +116,7 @@ def build_timm(
     """
     import timm
 
+    require_name(name, "arch")
     sizes: dict[str, Any] = {}
     if native.patch is not None:
         sizes["patch_size"] = plain(native.patch)
@@ -508,7 +512,11 @@ def transformers_class(name: str, config: Any = None) -> tuple[Any, Any]:
 
     if config is None:
         try:
-            config = transformers.AutoConfig.from_pretrained(name)
+            if (path := Path(name, "config.json")).exists():
+                require_safe(read_config(path), path)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"transformers has no configuration for {name!r}: {error}") from error
     names = getattr(config, "architectures", None) or []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from anypatch.errors import CheckpointError
+from anypatch.files.configs import read_json
 
 WEIGHTS = (
     "model.safetensors",
@@ -16,7 +18,6 @@ WEIGHTS = (
     "pytorch_model-*-of-*.bin",
     "pytorch_model.bin.index.json",
 )
-MAX_CONFIG = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def formats(folder: Path) -> set[str]:
     for library, form in FORMATS.items():
         path = folder / form.config
         try:
-            if not path.is_file() or path.stat().st_size > MAX_CONFIG:
+            if not path.is_file():
                 continue
-            config = json.loads(path.read_text(encoding="utf-8")) if form.keys else {}
-        except (OSError, ValueError, RecursionError):
+            config = read_json(path) if form.keys else {}
+        except (OSError, CheckpointError):
             continue
-        if not form.keys or (isinstance(config, dict) and any(key in config for key in form.keys)):
+        if not form.keys or any(key in config for key in form.keys):
             found.add(library)
     return found
 

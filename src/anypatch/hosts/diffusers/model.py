@@ -133,7 +133,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     kind = host_kwargs.pop("model_class", None) or diffusers.AutoModel
     if host_kwargs.get("pretrained") is True:
         del host_kwargs["pretrained"]
-    return kind.from_pretrained(name, **host_kwargs)
+    return kind.from_pretrained(name, **{"trust_remote_code": False, **host_kwargs})
 
 
 def build(name: str, **host_kwargs: Any) -> nn.Module:

@@ -33,6 +33,7 @@ from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, pair, plain, unknown
+from anypatch.hosts.open_clip.files import require_safe, require_weights
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 from anypatch.hosts.timm import model as trunks
 
@@ -224,7 +225,9 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     identifier, pretrained, cfg = _named(name, host_kwargs)
     if isinstance(given, str):
         pretrained = given
-    if pretrained is None and not identifier.startswith((LOCAL, HUB)):
+    if identifier.startswith(LOCAL):
+        require_weights(Path(identifier[len(LOCAL) :]))
+    elif pretrained is None and not identifier.startswith(HUB):
         tags = open_clip.list_pretrained_tags_by_model(identifier)
         which = f"say which with open_clip:{identifier}/TAG: {', '.join(tags)}" if tags else "it has none"
         raise CheckpointError(
@@ -262,6 +265,8 @@ def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dic
 
     if Path(name, CONFIG).is_file():
         name = LOCAL + name
+    if name.startswith(LOCAL):
+        require_safe(Path(name[len(LOCAL) :]))
     identifier, pretrained = name, None
     if not name.startswith((LOCAL, HUB)):
         identifier, _, tag = name.partition("/")

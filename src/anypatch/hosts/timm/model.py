@@ -23,6 +23,7 @@ from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, class_tokens, comes_from, pair, plain, unknown
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
+from anypatch.hosts.timm.files import checked_folder
 
 NAME = "timm"
 
@@ -578,7 +579,9 @@ def names() -> list[str]:
 def _require_known(name: str) -> None:
     import timm
 
-    if ":" not in name and not timm.is_model(name.partition(".")[0]):
+    if name.startswith("local-dir:"):
+        checked_folder(Path(name.partition(":")[2]))
+    elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown(NAME, name, names())
 
 

@@ -25,6 +25,8 @@ from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
+from anypatch.files.configs import read_config, require_allowed
+from anypatch.files.header import read_header
 from anypatch.hosts.base import Example, unknown
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 
@@ -33,6 +35,16 @@ VIT = "torchvision.models.vision_transformer"
 SWIN = "torchvision.models.swin_transformer"
 NORM_EPS = {VIT: 1e-6, SWIN: 1e-5}  # what the constructors use when they are given no norm_layer
 PICTURE = 224  # the side of an example image for models that take any size
+
+# What a torchvision.json may say of a model, and which of torchvision's classes it may name.
+ARGUMENTS = frozenset((
+    "image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim", "dropout", "attention_dropout",
+    "num_classes", "representation_size", "embed_dim", "depths", "window_size", "mlp_ratio", "stochastic_depth_prob",
+))  # fmt: skip
+CLASSES = {
+    "block": ("SwinTransformerBlock", "SwinTransformerBlockV2"),
+    "downsample_layer": ("PatchMerging", "PatchMergingV2"),
+}
 
 
 def recognises(model: nn.Module) -> bool:
@@ -207,6 +219,7 @@ def _load_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
 
     model = _build_directory(directory, **host_kwargs)
     try:
+        read_header(directory / "model.safetensors")
         model.load_state_dict(load_file(str(directory / "model.safetensors")))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {directory} do not fit its torchvision.json: {error}") from error
@@ -214,15 +227,18 @@ def _load_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
 
 
 def _build_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
+    path = directory / "torchvision.json"
+    config = read_config(path)
     try:
-        config = json.loads((directory / "torchvision.json").read_text())
         family, arguments, classes = config["module"], config["arguments"], config["classes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} holds no torchvision model that anypatch saved: {error}") from error
-    if family not in NORM_EPS:
-        raise CheckpointError(
-            f"{directory}/torchvision.json names {family!r}, which is no torchvision model anypatch saves"
-        )
+    except KeyError as error:
+        raise CheckpointError(f"{directory} holds no torchvision model that anypatch saved: no {error}") from error
+    if not isinstance(family, str) or family not in NORM_EPS:
+        raise CheckpointError(f"{path} names {str(family)[:100]!r}, which is no torchvision model anypatch saves")
+    require_allowed(arguments, ARGUMENTS, f"{path}: arguments")
+    for name, value in require_allowed(classes, CLASSES, f"{path}: classes").items():
+        if value not in CLASSES[name]:
+            raise CheckpointError(f"{path}: {name} is {str(value)[:100]!r}, not one of {', '.join(CLASSES[name])}")
     return _construct(family, {**arguments, **host_kwargs}, classes)
 
 

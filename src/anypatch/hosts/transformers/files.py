@@ -13,10 +13,12 @@ from torch import nn
 
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
-from anypatch.errors import UnsupportedModelError
+from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files.atomic import copy_whole
+from anypatch.files.configs import PLACE, entries, read_config
 from anypatch.hosts.folders import FORMATS, travelling
 from anypatch.hosts.rebuilding import require_rebuilds
+from anypatch.hosts.timm.files import require_nested
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.model import make, subject
 
@@ -37,6 +39,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
 
     if host_kwargs.get("pretrained") is True:
         del host_kwargs["pretrained"]
+    _require_safe(name, host_kwargs)
     kind = _given_class(host_kwargs)
     if kind is None:
         about = {k: v for k, v in host_kwargs.items() if k in HUB}
@@ -47,10 +50,42 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     return model
 
 
+def _require_safe(name: str, host_kwargs: dict[str, Any]) -> None:
+    """Run no code of a directory or a repository unless the caller says so; without a word, transformers asks for it.
+
+    Raises:
+        CheckpointError: the directory's configuration says what to open or run besides the model it describes.
+    """
+    host_kwargs.setdefault("trust_remote_code", False)
+    folder = Path(name, host_kwargs.get("subfolder") or "")
+    if folder.is_dir() and (folder / "config.json").exists():
+        require_safe(read_config(folder / "config.json"), folder / "config.json")
+
+
+def require_safe(config: dict[str, Any], path: Path) -> None:
+    """Look at what transformers would fetch, open or run on the word of a configuration, at any depth.
+
+    Raises:
+        CheckpointError: a backbone that is a place, a kernel from a hub, or an argument of timm's that opens a file.
+    """
+    require_nested(config, path)
+    for keys, value in entries(config, path):
+        key = str(keys[-1])
+        if not isinstance(value, str):
+            continue
+        # "repository/kernel" there is compiled code that transformers fetches and runs
+        if key.endswith(("attn_implementation", "experts_implementation")) and PLACE.search(value):
+            raise CheckpointError(f"{path}: {key} is {value[:100]!r}, which is code from elsewhere")
+        # a name of timm's has no slash, a name on a hub one
+        if key in ("backbone", "architecture") and (value.count("/") > 1 or PLACE.search(value.replace("/", "", 1))):
+            raise CheckpointError(f"{path}: {key} is {value[:100]!r}, which is no name but a place")
+
+
 def build(name: str, **host_kwargs: Any) -> nn.Module:
     """By the configuration alone; further arguments are fields of it."""
     import transformers
 
+    _require_safe(name, host_kwargs)
     kind = _given_class(host_kwargs)
     making: dict[str, Any] = {
         k: host_kwargs.pop(k) for k in ("dtype", "torch_dtype", "attn_implementation") if k in host_kwargs

@@ -35,7 +35,7 @@ def _processor(name: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(name, local_files_only=Path(name).exists())
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).exists())
     except (OSError, ValueError, KeyError, ImportError):
         return None
 
@@ -148,7 +148,7 @@ def tokenize(subject: Subject, texts: Sequence[str], source: str | None = None) 
         raise DataError(f"class names are for models with a text tower, such as CLIP; {type(model).__name__} has none")
     name = str(getattr(model.config, "_name_or_path", "") or "") or (source or "").partition(":")[2]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists())
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).exists())
     except Exception as error:  # its many ways of saying that there is none
         raise DataError(f"class names need the model's tokenizer, and none was found at {name or 'it'}") from error
     padding = "max_length" if "siglip" in str(model.config.model_type) else True

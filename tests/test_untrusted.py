@@ -1,0 +1,320 @@
+"""Directories that somebody else made: nothing in them is run, opened or allocated on their word."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import anypatch
+from anypatch import CheckpointError
+from anypatch.files.configs import MAX_NESTING, read_config
+from anypatch.files.reading import read
+
+MARK = "opened"
+
+
+class _Evil:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return open, (self.mark, "w")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with a file that must not be opened; afterwards it was not, and nobody was asked anything."""
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(pickle.dumps(_Evil(str(tmp_path / MARK))))
+    opened: list[str] = []
+    real = builtins.open
+
+    def watched(file: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(str(file))
+        return real(file, *args, **kwargs)
+
+    def asked(*_: Any) -> str:
+        opened.append("standard input")
+        return "y"
+
+    monkeypatch.setattr(builtins, "open", watched)
+    monkeypatch.setattr(builtins, "input", asked)
+    yield tmp_path
+    assert not [n for n in opened if Path(n).name.startswith("evil") or n == "standard input"]
+    assert not (tmp_path / MARK).exists()
+
+
+def _refused(folder: Path, match: str) -> None:
+    for call in (
+        lambda: anypatch.load(folder),
+        lambda: anypatch.convert(folder, folder.parent / "out", patch_size=8),
+        lambda: anypatch.load(next(folder.glob("*.safetensors"))) if (folder / "model.safetensors").exists() else None,
+    ):
+        try:
+            result = call()
+        except anypatch.AnypatchError as error:
+            assert isinstance(error, CheckpointError), error  # noqa: PT017
+            assert __import__("re").search(match, str(error)), error  # noqa: PT017
+        else:
+            assert result is None
+    with pytest.raises(CheckpointError, match=match):
+        anypatch.load(folder)
+    assert not (folder.parent / "out").exists()
+
+
+def _timm(place: Path, config: dict[str, Any]) -> Path:
+    folder = place / "timm"
+    folder.mkdir()
+    model = timm.create_model("test_vit", img_size=32, patch_size=8)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    base = {"pretrained_cfg": {}, "architecture": "test_vit", "model_args": {"img_size": 32, "patch_size": 8}}
+    (folder / "config.json").write_text(json.dumps({**base, **config}))
+    return folder
+
+
+def test_what_timm_itself_does_not_take(place: Path) -> None:
+    """A config that is no description of a model is one error of ours, whatever the library raises."""
+    folder = _timm(place, {})
+    config = json.loads((folder / "config.json").read_text())
+    for odd in ({"nonsense": 1}, [], {"input_size": "x"}, {"num_classes": "many"}, "text"):
+        (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": odd, "num_features": "x"}))
+        with pytest.raises(CheckpointError, match="timm") as caught:
+            anypatch.load(folder)
+        assert caught.value.__cause__ is not None
+
+
+def test_a_good_directory_of_timm_loads(place: Path) -> None:
+    assert anypatch.geometry(anypatch.load(_timm(place, {}))).patch_size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"model_args": {"checkpoint_path": "evil.pth"}}, "checkpoint_path"),
+        ({"model_args": {"pretrained_cfg_overlay": {"file": "evil.pth"}}}, "pretrained_cfg_overlay"),
+        ({"model_args": {"pretrained_cfg": {"file": "evil.pth", "custom_load": True}}}, "pretrained_cfg"),
+        ({"model_args": {"pretrained": True}}, "pretrained"),
+        ({"model_args": {"cache_dir": "evil"}}, "cache_dir"),
+        ({"model_args": {"act_layer": "/evil"}}, "which is no name"),
+        ({"model_args": [1]}, "no table of arguments"),
+        ({"architecture": "local-dir:evil"}, "no architecture"),
+        ({"architecture": "hf-hub:evil/evil"}, "no architecture"),
+        ({"architecture": "../evil"}, "no architecture"),
+        ({"architecture": "no_such_model"}, "does not have"),
+        ({"global_pool": "evil/x"}, "which is no name"),
+        ({"model_args": {"depth": 10**8}}, "depth is 100000000"),
+        ({"num_classes": 10**15}, "no size of a model"),
+    ],
+)
+def test_timm(place: Path, config: dict[str, Any], match: str) -> None:
+    text = json.loads(json.dumps(config).replace('"evil', f'"{place}/evil'))
+    _refused(_timm(place, text), match)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}, "evil|trust"),
+        ({"model_type": "vit", "attn_implementation": "evil/kernel"}, "code from elsewhere"),
+        ({"model_type": "vit", "_attn_implementation": "evil/kernel"}, "code from elsewhere"),
+        ({"model_type": "clip", "vision_config": {"attn_implementation": "evil/kernel:x"}}, "code from elsewhere"),
+        ({"model_type": "timm_wrapper", "architecture": "test_vit", "model_args": {"checkpoint_path": "evil.pth"}},
+         "checkpoint_path"),
+        ({"model_type": "timm_wrapper", "architecture": "local-dir:evil"}, "no architecture|a place"),
+        ({"model_type": "dpt", "backbone_config": {"model_type": "timm_backbone", "backbone": "evil"}}, "but a place"),
+        ({"model_type": "vit", "num_hidden_layers": 10**8}, "num_hidden_layers is 100000000"),
+    ],
+)  # fmt: skip
+def test_transformers(place: Path, config: dict[str, Any], match: str) -> None:
+    pytest.importorskip("transformers")
+    folder = place / "hf"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(place / MARK)!r}, 'w')\n")
+    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    text = json.dumps({"architectures": ["ViTModel"], **config})
+    (folder / "config.json").write_text(text.replace('"evil"', f'"{place}/evil"') if "dpt" in text else text)
+    _refused(folder, match)
+
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
+    "text_cfg": {"context_length": 8, "vocab_size": 30, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def _clip(place: Path, vision: dict[str, Any], text: dict[str, Any], weights: bool = True) -> Path:
+    open_clip = pytest.importorskip("open_clip")
+    folder = place / "clip"
+    folder.mkdir()
+    if weights:
+        save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
+    cfg = {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], **vision}, "text_cfg": {**CLIP["text_cfg"], **text}}  # type: ignore[dict-item]
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "match"),
+    [
+        ({"timm_model_name": "local-dir:evil"}, {}, "no architecture"),
+        ({"timm_model_name": "hf-hub:evil/evil"}, {}, "no architecture"),
+        ({}, {"hf_model_name": "/evil"}, "no name on a hub"),
+        ({}, {"hf_model_name": "../evil"}, "no name on a hub"),
+        ({"act_kwargs": {"x": "/evil"}}, {}, "but a place"),
+        ({"layers": 10**8}, {}, "layers is 100000000"),
+    ],
+)
+def test_open_clip(place: Path, vision: dict[str, Any], text: dict[str, Any], match: str) -> None:
+    _refused(_clip(place, vision, text), match)
+
+
+def test_open_clip_without_weights(place: Path) -> None:
+    folder = _clip(place, {}, {}, weights=False)
+    with pytest.raises(CheckpointError, match="no weights"):
+        anypatch.load(folder)
+    save_file({"x": torch.ones(1)}, folder / "other.safetensors")
+    with pytest.raises(CheckpointError):
+        anypatch.load(folder)
+    good = _clip(place / "good", {}, {}) if (place / "good").mkdir() is None else folder
+    assert anypatch.geometry(anypatch.load(good)).patch_size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"module": "os"}, "no torchvision model"),
+        ({"module": ["os"]}, "no torchvision model"),
+        ({"arguments": {"norm_layer": "partial"}}, "norm_layer"),
+        ({"arguments": {"num_layers": 10**8}}, "num_layers is 100000000"),
+        ({"arguments": None}, "no table"),
+        ({"classes": {"block": "partial"}}, "not one of"),
+        ({"classes": {"attn_layer": "partial"}}, "attn_layer"),
+    ],
+)
+def test_torchvision(place: Path, change: dict[str, Any], match: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
+    anypatch.save(model, place / "tv")
+    assert anypatch.load(place / "tv") is not None
+    config = json.loads((place / "tv" / "torchvision.json").read_text())
+    (place / "tv" / "torchvision.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=match):
+        anypatch.load(place / "tv")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[" * 100_000, "nested"),
+        (json.dumps({"a": 1})[:-1] + ', "b": ' + '{"c":' * 80 + "1" + "}" * 81, f"more than {MAX_NESTING}"),
+        ("[1]", "no table"),
+        ("{", "damaged"),
+        ("\ud800", "damaged"),
+        ('{"num_layers": ' + "9" * 5000 + "}", "damaged|no size|num_layers"),
+    ],
+)
+def test_odd_texts(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match=match):
+        read_config(tmp_path / "config.json")
+
+
+# -- devices, pipes and threads ----------------------------------------------------------------------------------
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> BaseException | None:
+    """What a call raised; a call that hangs is a failure of its own."""
+    raised: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            call()
+            raised.append(None)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert raised, "it hangs"
+    return raised[0]
+
+
+@pytest.mark.parametrize("kind", ["zero", "pipe", "link to a pipe", "config", "directory"])
+def test_devices_and_pipes_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.safetensors"
+    if kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    else:
+        save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+        os.mkfifo(tmp_path / "config.json")
+        path = tmp_path
+    for call in (
+        lambda: anypatch.load(path),
+        lambda: anypatch.load(str(path), **({} if path.is_dir() else {"arch": "timm:test_vit"})),
+        lambda: anypatch.convert(path, tmp_path / "out.safetensors", patch_size=8),
+    ):
+        error = _within(20, call)
+        assert isinstance(error, CheckpointError), error
+    assert isinstance(_within(20, lambda: anypatch.load("/dev/zero")), CheckpointError)
+
+
+def test_reading_in_several_threads_is_as_alone(tmp_path: Path) -> None:
+    import argparse
+
+    tensors = {"patch_embed.proj.weight": torch.arange(48.0).reshape(4, 3, 2, 2), "b": torch.ones(3)}
+    for index, zipped in enumerate((True, False)):
+        saved = {"model": tensors, "args": argparse.Namespace(lr=1.0)}
+        torch.save(saved, tmp_path / f"{index}.pt", _use_new_zipfile_serialization=zipped)
+    save_file(tensors, tmp_path / "2.pt")
+    before = list(torch.serialization.get_safe_globals())
+    wrong: list[Any] = []
+
+    def work() -> None:
+        for _ in range(15):
+            for index in range(3):
+                try:
+                    found = read(tmp_path / f"{index}.pt").tensors
+                    if not all(torch.equal(found[k], v) for k, v in tensors.items()):
+                        wrong.append(index)
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert torch.serialization.get_safe_globals() == before
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    from anypatch.files.header import map_tensors, read_header
+
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.ones(8)}, path)
+    header = read_header(path)
+    save_file({"x": torch.zeros(8)}, tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        map_tensors(header)
