@@ -18,6 +18,7 @@ from anypatch.core.views import described, is_view, require_no_view, view
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts import recognise
 from anypatch.hosts.base import Host
+from anypatch.hosts.structural.surroundings import follow_surroundings
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,7 +82,8 @@ def make_plan(
     target = target_geometry(subject.geometry, patch_size, image_size, keep)
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
-    return plans.make(subject, target, method, subject.facts.sampling if positions == "host" else ANTIALIASED)
+    sampling = subject.facts.sampling if positions == "host" else ANTIALIASED
+    return plans.make(subject, target, method, sampling, follow_surroundings)
 
 
 def at(

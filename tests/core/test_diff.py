@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anypatch import UnsupportedModelError
-from anypatch.core.diff import AttributeEdit, BufferEdit, CacheEdit, ModuleEdit, ParameterEdit, diff
+from anypatch.core.diff import AttributeEdit, BufferEdit, CacheEdit, ModuleEdit, ParameterEdit, diff, require_projection
 from anypatch.core.geometry import Geometry
 from anypatch.core.roles import role_of
 from anypatch.core.twins import Twins
@@ -85,4 +85,4 @@ def test_a_patch_that_no_layer_follows_is_refused() -> None:
             self.patch_size, self.proj = patch, nn.Conv2d(3, 4, 7, 4, device="meta")
 
     with pytest.raises(UnsupportedModelError, match="no convolution or linear layer changes with it"):
-        diff(twins((16, 64), (32, 64), Blind))
+        require_projection(twins((16, 64), (32, 64), Blind))

@@ -7,6 +7,7 @@ layers read what the wrapped layer reads.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
@@ -31,18 +32,53 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def resolve(part: nn.Module, path: str, twin: nn.Module | None = None) -> list[nn.Module]:
-    """The live modules below ``part`` that stand where ``path`` is in a twin.
+@dataclass(frozen=True)
+class Place:
+    """The live modules that stand where a module of a twin is.
 
-    One, unless an adapter wraps it: then, for the layer ``twin``, the wrapped layer and the adapter's own layers that
-    read the same input (LoRA's first factor over a patch projection is itself a patch projection).
+    Attributes:
+        outer: as the live model has them there, adapters and wrappers included.
+        layers: those that do the work: what is wrapped, and the adapter's own layers that read the same input (LoRA's
+            first factor over a patch projection is itself a patch projection).
     """
-    modules: list[nn.Module] = [part]
-    for name in path.split(".") if path else []:
-        modules = [child for m in modules for child in _children(m, name)]
-    if twin is None:
-        return modules
-    return [layer for module in modules for layer in _layers(module, twin)]
+
+    outer: tuple[nn.Module, ...]
+    layers: tuple[nn.Module, ...]
+
+
+def match(part: nn.Module, twin: nn.Module) -> dict[str, Place]:
+    """For every module path of ``twin``, the live modules below ``part`` that stand there.
+
+    Looks through PEFT's adapters, and through modules of the user's own that hold what the twin has in their place.
+    """
+    found: dict[str, Place] = {}
+
+    def walk(path: str, outer: list[nn.Module], twin: nn.Module) -> None:
+        inner = [seen for module in outer for seen in _look_through(module, twin)]
+        layers = [layer for module in inner for layer in _layers(module, twin)]
+        found[path] = Place(tuple(outer), tuple(layers))
+        for name, child in twin._modules.items():
+            if child is not None:
+                below = [live for module in inner for live in _children(module, name)]
+                walk(f"{path}.{name}" if path else name, below, child)
+
+    walk("", [part], twin)
+    return found
+
+
+def _look_through(module: nn.Module, twin: nn.Module) -> list[nn.Module]:
+    """The modules of the twin's class inside one of another class that does not itself hold what the twin holds."""
+    kind = type(twin)
+    if isinstance(module, kind) or wrapped(module) or kind in (nn.Identity, nn.ModuleList, nn.Sequential):
+        return [module]
+    held = [*twin._parameters, *twin._buffers, *twin._modules]
+    own = {*module._parameters, *module._buffers, *module._modules}
+    if held and all(name in own for name in held):
+        return [module]
+    inside: list[nn.Module] = []
+    for child in module.children():
+        inside += [child] if type(child) is kind else [m for m in _look_through(child, twin) if type(m) is kind]
+    return inside or [module]
 
 
 def wrapped(module: nn.Module) -> list[nn.Module]:
@@ -52,6 +88,16 @@ def wrapped(module: nn.Module) -> list[nn.Module]:
     if copies is not None and found:
         found += list(copies.children())
     return [m for m in found if m is not None]
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer that an adapter, or a module of the user's around one linear layer or convolution, wraps."""
+    while "base_layer" in layer._modules:
+        layer = layer.get_submodule("base_layer")
+    if isinstance(layer, (_ConvNd, nn.Linear)):
+        return layer
+    inside = [m for m in layer.modules() if isinstance(m, (_ConvNd, nn.Linear))]
+    return inside[0] if len(inside) == 1 else layer
 
 
 def _children(module: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -72,11 +118,11 @@ def _layers(module: nn.Module, twin: nn.Module) -> list[nn.Module]:
     for name, child in module._modules.items():
         if child is None or child in inner or name == "modules_to_save":
             continue
-        found += [layer for layer in child.modules() if _reads_same_input(layer, twin)]
+        found += [layer for layer in child.modules() if reads_same_input(layer, twin)]
     return found
 
 
-def _reads_same_input(layer: nn.Module, twin: nn.Module) -> bool:
+def reads_same_input(layer: nn.Module, twin: nn.Module) -> bool:
     if isinstance(twin, _ConvNd) and isinstance(layer, _ConvNd):
         return set(twin.kernel_size) != {1} and (layer.kernel_size, layer.stride) == (twin.kernel_size, twin.stride)
     if isinstance(twin, nn.Linear) and isinstance(layer, nn.Linear):

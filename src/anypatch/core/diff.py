@@ -86,7 +86,7 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
         sampling: how absolute position tables are resampled, likewise.
 
     Raises:
-        UnsupportedModelError: a layer or an axis appears or disappears, or the patch changes and no projection does.
+        UnsupportedModelError: a layer or an axis appears or disappears.
 
     Example:
         >>> from anypatch.core.geometry import Geometry
@@ -96,7 +96,6 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
         [('ParameterEdit', 'weight'), ('AttributeEdit', 'kernel_size'), ('AttributeEdit', 'stride')]
     """
     old, new = dict(twins.old.named_modules()), dict(twins.new.named_modules())
-    _require_projection_follows(twins, old, new)
     edits: list[Edit] = []
     replaced: list[str] = []
     for path in {**old, **new}:
@@ -114,8 +113,13 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
     return edits
 
 
-def _require_projection_follows(twins: Twins, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
-    """The patch may only change if a projection's weight changes with it."""
+def require_projection(twins: Twins) -> None:
+    """The patch may only change if a projection's weight changes with it.
+
+    Raises:
+        UnsupportedModelError: none does, or a convolution further in would.
+    """
+    old, new = dict(twins.old.named_modules()), dict(twins.new.named_modules())
     projections = twins.facts.projections
     for path, module in old.items():
         if projections and path not in projections and isinstance(module, _ConvNd):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.core import adapters
+from anypatch.core.account import Account, Context, Rule, require_finite, tensor_of
 from anypatch.core.attributes import MISSING, Merger, like
 from anypatch.core.diff import (
     BOOKKEEPING,
@@ -22,6 +22,7 @@ from anypatch.core.diff import (
     ModuleEdit,
     ParameterEdit,
     diff,
+    require_projection,
 )
 from anypatch.core.geometry import Geometry
 from anypatch.core.roles import Case, Role, role_of
@@ -185,22 +186,37 @@ class Plan:
         return found
 
 
-def make(subject: Subject, target: Geometry, method: Any, sampling: Sampling = ANTIALIASED) -> Plan:
+def make(
+    subject: Subject, target: Geometry, method: Any, sampling: Sampling = ANTIALIASED, rule: Rule | None = None
+) -> Plan:
     """The plan that brings ``subject`` to ``target``: its twins, their difference, bound to the live model.
+
+    Args:
+        subject: the live model.
+        target: the geometry it shall have.
+        method: how patch kernels are resized.
+        sampling: how absolute position tables are resampled.
+        rule: how what the twins do not speak for follows; without it that is left alone.
 
     Raises:
         UnsupportedModelError: something in the model cannot follow; the message names it.
         GeometryError: these sizes do not work for it.
     """
-    edits = diff(build_twins(subject, target), method, sampling)
-    return _Binder(subject, target).bind(edits)
+    twins = build_twins(subject, target)
+    require_projection(twins)
+    edits = diff(twins, method, sampling)
+    account = Account(subject, twins.old, edits)
+    extras = (
+        [] if rule is None else rule(account.root, account.extras(), Context(twins, account.widths(), method, sampling))
+    )
+    return _Binder(subject, target, account).bind(edits, extras)
 
 
 class _Binder:
     """Turns edits of the twins into steps on the live model, computing every new value."""
 
-    def __init__(self, subject: Subject, target: Geometry) -> None:
-        self.subject, self.target = subject, target
+    def __init__(self, subject: Subject, target: Geometry, account: Account) -> None:
+        self.subject, self.target, self.account = subject, target, account
         self.changes: list[Change] = []
         self.modules: list[SetModule] = []
         self.parameters: dict[int, SetParameter] = {}
@@ -208,7 +224,7 @@ class _Binder:
         self.attributes: list[SetAttribute] = []
         self.merger = Merger()
 
-    def bind(self, edits: list[Edit]) -> Plan:
+    def bind(self, edits: list[Edit], extras: list[Edit]) -> Plan:
         binders: dict[type[Edit], Callable[[Any, list[nn.Module]], None]] = {
             ModuleEdit: self._module,
             ParameterEdit: self._parameter,
@@ -216,16 +232,12 @@ class _Binder:
             AttributeEdit: self._attribute,
             CacheEdit: self._cache,
         }
-        lives: dict[str, list[nn.Module]] = {}
         for edit in edits:
-            if isinstance(edit, ModuleEdit):
-                found = adapters.resolve(self.subject.part, edit.path)
-            elif edit.path in lives:
-                found = lives[edit.path]
-            else:
-                found = lives[edit.path] = adapters.resolve(self.subject.part, edit.path, edit.twin)
-            binders[type(edit)](edit, found)
+            place = self.account.places[edit.path]
+            binders[type(edit)](edit, list(place.outer if isinstance(edit, ModuleEdit) else place.layers))
         self._require_projection_found()
+        for edit in extras:
+            binders[type(edit)](edit, [self.account.root.get_submodule(edit.path)])
         self._follow_references()
         if self.subject.finish is not None:
             self.attributes += [SetAttribute(*entry) for entry in self.subject.finish(self.target)]
@@ -250,34 +262,27 @@ class _Binder:
 
     def _parameter(self, edit: ParameterEdit, lives: list[nn.Module]) -> None:
         for live in lives:
-            parameter = live._parameters.get(edit.name)
-            if parameter is not None:
-                self._resample(edit.case, parameter)
-                continue
-            parametrizations = live._modules.get("parametrizations")
-            if parametrizations is not None and edit.name in parametrizations._modules:
-                raise UnsupportedModelError(f"{edit.full} is parametrized; remove the parametrization before adapting")
-
-    def _resample(self, case: Case, parameter: nn.Parameter) -> None:
-        if id(parameter) in self.parameters:
-            return  # tied
-        expected = tuple(parameter.shape[a] for a in case.axes) if parameter.ndim == len(case.old_shape) else None
-        if expected != tuple(case.old_shape[a] for a in case.axes):
-            case = _live_case(case, parameter)
-        if not parameter.is_floating_point():
-            raise UnsupportedModelError(
-                f"{case.name} is stored as {parameter.dtype}: adapt the model before quantizing it"
-            )
-        role = role_of(case)
-        with torch.no_grad():
-            new = role.apply(parameter.detach())
-        self.parameters[id(parameter)] = SetParameter(parameter, new, role)
-        self.changes.append(Change(case.name, role.text, tuple(parameter.shape), tuple(new.shape)))
+            tensor = tensor_of(live, edit.name, edit.full)
+            if tensor is None or id(tensor) in self.parameters:
+                continue  # taken away, or tied
+            role, new = _resampled(edit.case, tensor)
+            if isinstance(tensor, nn.Parameter):
+                self.parameters[id(tensor)] = SetParameter(tensor, new, role)
+            elif edit.name in live._buffers:
+                persistent = edit.name not in live._non_persistent_buffers_set
+                self.buffers.append(SetBuffer(live, edit.name, new, persistent, role))
+            else:
+                self.attributes.append(SetAttribute(live, edit.name, new))
+            self.changes.append(Change(edit.full, role.text, tuple(tensor.shape), tuple(new.shape)))
 
     def _buffer(self, edit: BufferEdit, lives: list[nn.Module]) -> None:
         a, b = edit.before, edit.after
         for live in lives:
             current = live._buffers.get(edit.name)
+            own = live._parameters.get(edit.name)
+            if own is not None:  # made trainable
+                self._trainable(edit, own)
+                continue
             if b is None:
                 value = None
             elif a is None or current is None:
@@ -285,8 +290,8 @@ class _Binder:
             elif _follows(current, a):
                 value = like(b, current)
             elif edit.case is not None:  # a table that was trained or loaded, kept in a buffer
-                role = role_of(edit.case)
-                self.buffers.append(SetBuffer(live, edit.name, role.apply(current), edit.persistent, role))
+                role, value = _resampled(edit.case, current)
+                self.buffers.append(SetBuffer(live, edit.name, value, edit.persistent, role))
                 self.changes.append(Change(edit.full, role.text, tuple(a.shape), tuple(b.shape)))
                 continue
             elif a.shape != b.shape:
@@ -298,8 +303,20 @@ class _Binder:
             self.buffers.append(SetBuffer(live, edit.name, value, edit.persistent))
             self.changes.append(Change(edit.full, "buffer", _brief(a), _brief(b)))
 
+    def _trainable(self, edit: BufferEdit, parameter: nn.Parameter) -> None:
+        if edit.case is None:
+            if edit.before is not None and edit.after is not None and edit.before.shape == edit.after.shape:
+                return  # trained values of the same shape
+            raise UnsupportedModelError(f"{edit.full} is computed from the geometry, but here it is a parameter")
+        if id(parameter) not in self.parameters:
+            role, new = _resampled(edit.case, parameter)
+            self.parameters[id(parameter)] = SetParameter(parameter, new, role)
+            self.changes.append(Change(edit.full, role.text, tuple(parameter.shape), tuple(new.shape)))
+
     def _attribute(self, edit: AttributeEdit, lives: list[nn.Module]) -> None:
         for live in lives:
+            if type(live) is not type(edit.twin) and edit.twin is not None and edit.name not in vars(live):
+                continue  # another module stands in its place
             value = self.merger.merge(vars(live).get(edit.name, MISSING), edit.before, edit.after)
             self.attributes.append(SetAttribute(live, edit.name, value))
         self.changes.append(Change(edit.full, "attribute", _brief(edit.before), _brief(edit.after)))
@@ -322,6 +339,19 @@ class _Binder:
                 new = self.merger.substitute(value)
                 if new is not value:
                     self.attributes.append(SetAttribute(module, name, new))
+
+
+def _resampled(case: Case, tensor: Tensor) -> tuple[Role, Tensor]:
+    """The role of a live tensor, and its value at the new geometry."""
+    expected = tuple(tensor.shape[a] for a in case.axes) if tensor.ndim == len(case.old_shape) else None
+    if expected != tuple(case.old_shape[a] for a in case.axes):
+        case = _live_case(case, tensor)
+    if not tensor.is_floating_point():
+        raise UnsupportedModelError(f"{case.name} is stored as {tensor.dtype}: adapt the model before quantizing it")
+    require_finite(case.name, tensor)
+    role = role_of(case)
+    with torch.no_grad():
+        return role, role.apply(tensor.detach())
 
 
 def _live_case(case: Case, parameter: Tensor) -> Case:

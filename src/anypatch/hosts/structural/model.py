@@ -22,7 +22,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,57 +31,32 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size, show
-from anypatch.core.roles import MAX_EXTRA, Facts
-from anypatch.core.tables import Sampling, resample_grid, resample_tokens
+from anypatch.core.roles import Facts
+from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, Host, class_tokens
 from anypatch.hosts.rebuilding import contiguous
+from anypatch.hosts.structural.following import FRAME_NAMES, IMAGE_NAMES, entries, follow, ints, kinds
+from anypatch.hosts.structural.heads import pixel_heads
+from anypatch.hosts.structural.tables import (
+    CONVOLUTIONS,
+    TIME,
+    Table,
+    all_tensors,
+    ancestors,
+    enumerates,
+    find_tables,
+    is_relative,
+    position_tensors,
+    resampled,
+    table_shape,
+)
 
 NAME = "generic"
 
-POSITION = re.compile(r"pos(ition)?(al)?s?_?(embed|emb|enc|table)|^pos$|^position(s|al)?$", re.I)
-ROTARY = re.compile(r"rope|rotary|freq", re.I)
-TIME = re.compile(r"tempor|time|frame", re.I)
-RELATIVE = re.compile(r"rel_pos|relative|attn_mask", re.I)
 EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)
 ATTENTION = re.compile(r"attention|attn", re.I)
-PIXELS = re.compile(r"(^|[._])pred$|pixel|recon|final_layer\.linear$|decoder\.head$", re.I)
-
-PATCH_NAMES = {"patch_size", "patch_sizes", "patch_dim_size", "patch", "encoder_stride"}
-TIME_NAMES = {"tubelet_size", "tubelet", "temporal_patch_size"}
-IMAGE_NAMES = {"img_size", "image_size", "input_size", "input_resolution", "image_resolution", "resolution"}
-FRAME_NAMES = {"num_frames", "frames", "all_frames", "n_frames"}
-GRID_NAMES = {"grid_size", "grid", "patches_resolution", "patch_resolution", "grid_shape", "patch_grid", "feat_size"}
-COUNT_NAMES = {
-    "num_patches",
-    "n_patches",
-    "num_patch",
-    "seq_len",
-    "seq_length",
-    "sequence_length",
-    "num_tokens",
-    "n_tokens",
-    "num_positions",
-    "n_positions",
-    "num_pos",
-}
-CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A position table: its module's path and name, its grid axes or its token axis, and tokens before the grid."""
-
-    path: str
-    name: str
-    axes: Size
-    prefix: int = 0
-    spatial: bool = False  # over the height and width of a video's grid
-
-    @property
-    def full(self) -> str:
-        return f"{self.path}.{self.name}" if self.path else self.name
 
 
 @dataclass(frozen=True)
@@ -152,12 +127,12 @@ def _layout(model: nn.Module) -> Layout:
     if image is None:
         image = _image_from_table(model, stem, patch)
     geometry = Geometry(patch, image, 0, NAME)
-    part, tables = _tables(model, stem, geometry)
+    part, tables = find_tables(model, stem, geometry)
     prefix = next((t.prefix for t in tables if len(t.axes) == 1 and t.prefix >= 0), None)
     if prefix is None:
         prefix = class_tokens(model.get_submodule(part))
     _require_vit(model, stem, tables)
-    heads = _pixel_heads(model, conv)
+    heads = pixel_heads(model, conv)
     return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads)
 
 
@@ -188,7 +163,7 @@ def _stem(model: nn.Module) -> str:
         )
     if set(conv.dilation) != {1} or conv.groups != 1:
         raise UnsupportedModelError(f"{path} is dilated or grouped: the stem is not one linear map per patch")
-    for ancestor in _ancestors(path)[:-1]:
+    for ancestor in ancestors(path)[:-1]:
         module = model.get_submodule(ancestor)
         named = EMBEDDING.search(ancestor.rpartition(".")[2]) or EMBEDDING.search(type(module).__name__)
         inside = [p for p in spatial if p.startswith(f"{ancestor}.")]
@@ -219,24 +194,18 @@ def _require_vit(model: nn.Module, stem: str, tables: tuple[Table, ...]) -> None
     )
 
 
-def _ancestors(path: str) -> list[str]:
-    """Of a module path, nearest first, down to the whole model (``""``)."""
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
-
-
 def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
     """The image size that the modules around the stem record."""
     axes = len(conv.stride)  # type: ignore[arg-type]
     side = None
     frames = None
-    for ancestor in _ancestors(stem):
-        for _, name, value in _entries(model.get_submodule(ancestor)):
+    for ancestor in ancestors(stem):
+        for _, name, value in entries(model.get_submodule(ancestor)):
             if name in FRAME_NAMES and type(value) is int:
                 frames = frames or value
             if name not in IMAGE_NAMES:
                 continue
-            size = (value, value) if type(value) is int else _ints(value)
+            size = (value, value) if type(value) is int else ints(value)
             if size is None:
                 continue
             if len(size) == 3 and axes == 2 and size[0] == conv.in_channels:
@@ -250,9 +219,9 @@ def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
 
 def _image_from_table(model: nn.Module, stem: str, patch: Size) -> Size | None:
     """A square image, from the length of the table nearest to the stem."""
-    for ancestor in _ancestors(stem):
-        for path, name, tensor in _position_tensors(model, ancestor):
-            if len(patch) != 2 or tensor.ndim < 2 or _relative(name):
+    for ancestor in ancestors(stem):
+        for path, name, tensor in position_tensors(model, ancestor):
+            if len(patch) != 2 or tensor.ndim < 2 or is_relative(name):
                 continue
             if tensor.ndim == 4:
                 sides = tensor.shape[1:3] if tensor.shape[1] == tensor.shape[2] else tensor.shape[2:4]
@@ -265,163 +234,6 @@ def _image_from_table(model: nn.Module, stem: str, patch: Size) -> Size | None:
                 if side > 1 and side * side == tensor.shape[-2] - prefix:
                     return tuple(side * p for p in patch)
     return None
-
-
-def _ints(value: Any) -> Size | None:
-    if isinstance(value, (tuple, list)) and value and all(type(v) is int and v > 0 for v in value):
-        return tuple(value)
-    return None
-
-
-# -- position tables -------------------------------------------------------------------------------------------
-
-
-def _relative(name: str) -> bool:
-    return RELATIVE.search(name) is not None
-
-
-def _tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes, as (module path, name, tensor)."""
-    for path, module in model.get_submodule(below).named_modules():
-        full = f"{below}.{path}" if below and path else below or path
-        for name, tensor in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
-            if isinstance(tensor, Tensor):
-                yield full, name, tensor
-
-
-def _position_tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, Tensor]]:
-    for path, name, tensor in _tensors(model, below):
-        owner = model.get_submodule(path)
-        if isinstance(owner, nn.Embedding):
-            named = POSITION.search(path.rpartition(".")[2])
-        else:
-            leaf = isinstance(owner, (nn.Linear, nn.LayerNorm, *CONVOLUTIONS))
-            named = None if leaf else POSITION.search(name) or re.search(r"rel_pos_[hw]$", name)
-        if named and not ROTARY.search(f"{path}.{name}") and tensor.is_floating_point():
-            yield path, name, tensor
-
-
-def _tables(model: nn.Module, stem: str, geometry: Geometry) -> tuple[str, tuple[Table, ...]]:
-    """The part of the model that the stem belongs to, and the tables that the grid explains."""
-    if geometry.grid is None:
-        return "", ()
-    found = [table for path, name, t in _position_tensors(model) if (table := _explain(path, name, t, geometry))]
-    part = next(
-        (a for a in _ancestors(stem) if any(t.path == a or t.path.startswith(f"{a}.") or not a for t in found)), ""
-    )
-    inside = [t for t in found if _within(t.path, part)]
-    prefix = next((t.prefix for t in inside if t.prefix >= 0), 0)
-    outside = [t for t in found if t not in inside and len(t.axes) == 1 and t.prefix in (0, prefix)]
-    return part, (*inside, *outside)
-
-
-def _within(path: str, part: str) -> bool:
-    return not part or path == part or path.startswith(f"{part}.")
-
-
-def _explain(path: str, name: str, tensor: Tensor, geometry: Geometry) -> Table | None:
-    grid = geometry.grid
-    assert grid is not None
-    shape = tuple(tensor.shape)
-    if _relative(name):
-        side = grid[-2] if name.endswith("_h") else grid[-1]
-        return Table(path, name, (0,), -1) if len(shape) == 2 and shape[0] == 2 * side - 1 else None
-    rank = len(grid)
-    if len(shape) > rank:
-        for start in range(len(shape) - rank + 1):
-            if shape[start : start + rank] == grid:
-                return Table(path, name, tuple(range(start, start + rank)))
-    order = [a for a in (len(shape) - 2, 0, 1, len(shape) - 1) if 0 <= a < len(shape)]
-    for spatial in (False, True) if rank == 3 else (False,):
-        tokens = math.prod(grid[1:] if spatial else grid)
-        for axis in dict.fromkeys(order):
-            if len(shape) > 1 and 0 <= shape[axis] - tokens <= MAX_EXTRA:
-                return Table(path, name, (axis,), shape[axis] - tokens, spatial)
-    return None
-
-
-def _table_shape(table: Table, shape: Size, geometry: Geometry) -> Size:
-    assert geometry.grid is not None
-    new = list(shape)
-    if table.prefix < 0:  # relative, one axis
-        new[0] = 2 * (geometry.grid[-2] if table.name.endswith("_h") else geometry.grid[-1]) - 1
-    elif len(table.axes) > 1:
-        for axis, side in zip(table.axes, geometry.grid, strict=True):
-            new[axis] = side
-    else:
-        new[table.axes[0]] = table.prefix + math.prod(geometry.grid[1:] if table.spatial else geometry.grid)
-    return tuple(new)
-
-
-def _resampled(table: Table, tensor: Tensor, old: Geometry, new: Geometry) -> Tensor:
-    """A table that is no parameter, at another grid."""
-    assert old.grid is not None
-    assert new.grid is not None
-    if table.prefix < 0:
-        return resample_grid(tensor, (0,), _table_shape(table, tuple(tensor.shape), new)[:1])
-    if len(table.axes) > 1:
-        return resample_grid(tensor, table.axes, new.grid)
-    grids = (old.grid[1:], new.grid[1:]) if table.spatial else (old.grid, new.grid)
-    return resample_tokens(tensor, table.axes[0], *grids, table.prefix)
-
-
-# -- pixel heads -----------------------------------------------------------------------------------------------
-
-
-def _pixel_heads(model: nn.Module, conv: Any) -> dict[str, tuple[int, str]]:
-    pixels = math.prod(conv.stride)
-    heads: dict[str, tuple[int, str]] = {}
-    for path, module in model.named_modules():
-        named = re.sub(r"\.(base_layer|lora_B\..*)$", "", path)  # adapters over the head write the same pixels
-        if not PIXELS.search(named) or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            continue
-        if isinstance(module, CONVOLUTIONS) and set(module.kernel_size) != {1}:
-            continue
-        rows = module.weight.shape[0]
-        if rows % pixels == 0 and rows // pixels in (conv.in_channels, 2 * conv.in_channels):
-            channels = rows // pixels
-            heads[path] = (channels, _probe_order(model, path, conv.stride, channels, conv.in_channels))
-    return heads
-
-
-def _probe_order(model: nn.Module, head: str, patch: Size, channels: int, in_channels: int) -> str:
-    """The order in which the model's own ``unpatchify`` or ``patchify`` flattens a patch; empty if it does not tell."""
-    if len(patch) != 2:
-        return ""
-    h, w = patch
-    size = channels * h * w
-    index = torch.arange(size, dtype=torch.float32)
-    images = {"h w c": index.view(h, w, channels).permute(2, 0, 1), "c h w": index.view(channels, h, w)}
-    for ancestor in _ancestors(head):
-        module = model.get_submodule(ancestor)
-        unpatchify, patchify = getattr(module, "unpatchify", None), getattr(module, "patchify", None)
-        for tokens in (4, _count(module)):
-            if callable(unpatchify) and tokens:
-                try:
-                    image = unpatchify(index.expand(1, tokens, size).clone())[0]
-                except Exception:
-                    continue
-                for order, expected in images.items():
-                    if image.ndim == 3 and torch.equal(image[..., :h, :w], expected):
-                        return order
-        if callable(patchify) and channels == in_channels:
-            side = max(h, w) * math.lcm(h, w) // math.gcd(h, w)
-            for order, expected in images.items():
-                try:
-                    got = patchify(expected.repeat(1, side // h, side // w)[None])
-                except Exception:
-                    continue
-                if torch.equal(got.reshape(-1, size)[0], index):
-                    return order
-    return ""
-
-
-def _count(module: nn.Module) -> int:
-    for child in module.modules():
-        count = vars(child).get("num_patches")
-        if type(count) is int:
-            return count
-    return 0
 
 
 # -- twins -----------------------------------------------------------------------------------------------------
@@ -488,11 +300,11 @@ def _set_table(twin: nn.Module, model: nn.Module, table: Table, old: Geometry, n
     if table.name in owner._parameters:
         parameter = owner._parameters[table.name]
         assert parameter is not None
-        owner._parameters[table.name] = _parameter(parameter, _table_shape(table, tuple(parameter.shape), new))
+        owner._parameters[table.name] = _parameter(parameter, table_shape(table, tuple(parameter.shape), new))
         return
     tensor = live._buffers.get(table.name, vars(live).get(table.name))
     assert isinstance(tensor, Tensor)
-    value = _resampled(table, tensor.detach(), old, new)
+    value = resampled(table, tensor.detach(), old, new)
     if table.name in owner._buffers:
         owner._buffers[table.name] = value
     else:
@@ -516,35 +328,15 @@ def _set_head(head: nn.Module, path: str, channels: int, order: str, geometry: G
 # -- attributes ------------------------------------------------------------------------------------------------
 
 
-def _entries(holder: Any, depth: int = 0) -> Iterator[tuple[Any, str, Any]]:
-    """Plain values on a module, and in the dictionaries, lists and configuration objects it holds."""
-    mapping = holder if isinstance(holder, dict) else vars(holder)
-    hidden = vars(nn.Module()) if isinstance(holder, nn.Module) else {}
-    for name, value in list(mapping.items()):
-        if not isinstance(name, str) or name in hidden:
-            continue
-        yield mapping, name, value
-        items = value if isinstance(value, list) else [value]
-        for item in items[:64]:
-            if depth < 2 and _holds_values(item):
-                yield from _entries(item, depth + 1)
-
-
-def _holds_values(item: Any) -> bool:
-    if isinstance(item, (nn.Module, Tensor, type)) or callable(item):
-        return False
-    return isinstance(item, dict) or hasattr(item, "__dict__")
-
-
 def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry) -> None:
     old = layout.geometry
-    for mapping, name, value in _entries(module):
-        for names, present, following in _kinds(old, new):
+    for mapping, name, value in entries(module):
+        for names, present, following in kinds(old, new):
             if name == "reduction" and mapping is not vars(module) and value == max(old.patch_size[-2:]):
                 mapping[name] = max(new.patch_size[-2:])  # as timm's feature_info has it
                 continue
             if name in names and value is not None:
-                changed = _follow(value, present, following, f"{path}.{name}" if path else name)
+                changed = follow(value, present, following, f"{path}.{name}" if path else name)
                 if changed is not None:
                     mapping[name] = changed
                     break
@@ -553,74 +345,11 @@ def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry)
     if isinstance(module, nn.Embedding):
         module.num_embeddings = module.weight.shape[0]
     for name, buffer in module._buffers.items():
-        length = _enumerates(buffer, old)
+        length = enumerates(buffer, old)
         if buffer is not None and length is not None and new.grid is not None:
             length += math.prod(new.grid) - math.prod(old.grid or ())
             shape = (*buffer.shape[:-1], length)
             module._buffers[name] = torch.arange(length, dtype=buffer.dtype, device=buffer.device).expand(shape)
-
-
-def _enumerates(tensor: Tensor | None, geometry: Geometry) -> int | None:
-    """The length of a buffer that numbers the tokens 0, 1, … (``position_ids``); ``None`` if it does not."""
-    if tensor is None or tensor.is_floating_point() or tensor.ndim == 0 or geometry.grid is None:
-        return None
-    length = tensor.shape[-1]
-    if tensor.numel() != length or not 0 <= length - math.prod(geometry.grid) <= geometry.prefix_tokens:
-        return None
-    return length if torch.equal(tensor.flatten().cpu().long(), torch.arange(length)) else None
-
-
-def _kinds(old: Geometry, new: Geometry) -> Iterator[tuple[set[str], list[Any], list[Any]]]:
-    """Names, and the values that attributes of those names have at the two geometries, in corresponding order."""
-    space = slice(-2, None)
-    yield PATCH_NAMES, *_sizes(old.patch_size, new.patch_size)
-    if len(old.patch_size) == 3:
-        yield TIME_NAMES, [old.patch_size[0]], [new.patch_size[0]]
-    if old.image_size is not None and new.image_size is not None:
-        yield IMAGE_NAMES, *_sizes(old.image_size, new.image_size)
-        if len(old.image_size) == 3:
-            yield FRAME_NAMES, [old.image_size[0]], [new.image_size[0]]
-    if old.grid is None or new.grid is None:
-        return
-    yield GRID_NAMES | IMAGE_NAMES, *_sizes(old.grid, new.grid)
-    counts: list[Callable[[Geometry], int]] = [
-        lambda g: math.prod(g.grid or ()),
-        lambda g: math.prod(g.grid or ()) + g.prefix_tokens,
-        lambda g: math.prod((g.grid or ())[space]),
-        lambda g: math.prod((g.grid or ())[space]) + g.prefix_tokens,
-    ]
-    yield COUNT_NAMES, [count(old) for count in counts], [count(new) for count in counts]
-
-
-def _sizes(old: Size, new: Size) -> tuple[list[Any], list[Any]]:
-    """A size in the forms that attributes have: all axes, two axes, and one int for both."""
-    return [old, old[-2:], _one(old)], [new, new[-2:], _one(new)]
-
-
-def _one(size: Size) -> Any:
-    return size[-1] if size[-1] == size[-2] else None
-
-
-def _follow(value: Any, present: list[Any], following: list[Any], full: str) -> Any:
-    """The value an attribute takes, or ``None`` where it does not follow the geometry."""
-    if type(value) is int:
-        for old, new in zip(present, following, strict=True):
-            if value != old:
-                continue
-            if new is None:
-                raise GeometryError(
-                    f"{full} is one number for both axes ({value}): this model takes square sizes only, not "
-                    f"{show(following[1])}"
-                )
-            return new
-        return None
-    size = _ints(value)
-    if size is None:
-        return None
-    for old, new in zip(present, following, strict=True):
-        if isinstance(old, tuple) and size[-len(old) :] == old and len(size) <= len(old) + 1:
-            return type(value)([*size[: -len(old)], *new])
-    return None
 
 
 # -- what the rule does not explain ----------------------------------------------------------------------------
@@ -641,9 +370,9 @@ def _require_named(model: nn.Module, layout: Layout) -> None:
                 f"{path or type(model).__name__} puts patches back together into pixels, and no layer that predicts "
                 f"them is named like one"
             )
-    for ancestor in _ancestors(layout.stem):
+    for ancestor in ancestors(layout.stem):
         value = vars(model.get_submodule(ancestor)).get("patch_size")
-        size = (value, value) if type(value) is int else _ints(value)
+        size = (value, value) if type(value) is int else ints(value)
         if size is not None and patch[-len(size) :] != size and size != patch:
             raise UnsupportedModelError(
                 f"{ancestor + '.' if ancestor else ''}patch_size is {value}, but {layout.stem} cuts patches of "
@@ -676,9 +405,9 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
             f"{show(new.image_size)} at patch {show(new.patch_size)} is a {show(new.grid)} one: adapt to a square "
             f"image, and the model itself interpolates for others"
         )
-    for path, name, tensor in _tensors(model, layout.part):
+    for path, name, tensor in all_tensors(model, layout.part):
         full = f"{path}.{name}" if path else name
-        if (path, name) in known or _enumerates(tensor, old) is not None or _of_window(model, path, name, tensor, old):
+        if (path, name) in known or enumerates(tensor, old) is not None or _of_window(model, path, name, tensor, old):
             continue
         owner = model.get_submodule(path)
         if isinstance(owner, nn.Linear):
@@ -688,7 +417,7 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
             if name == "weight" and tensor.shape[1] in counts - widths and set(owner.kernel_size) == {1}:
                 raise GeometryError(f"{full} mixes a fixed number of tokens ({tensor.shape[1]}): {hint}")
         elif (
-            _relative(name)
+            is_relative(name)
             or _follows_time(name, tensor, old, new)
             or _may_span(owner, name, tensor) & (counts - widths)
         ):
@@ -696,13 +425,13 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
                 f"{full}, of shape {tuple(tensor.shape)}, may depend on the grid in a way that anypatch cannot tell "
                 f"for a hand-made model: {hint}"
             )
-        elif (path, name) in {(p, n) for p, n, _ in _position_tensors(model, layout.part)} and tensor.ndim > 1:
+        elif (path, name) in {(p, n) for p, n, _ in position_tensors(model, layout.part)} and tensor.ndim > 1:
             raise UnsupportedModelError(
                 f"{full}, of shape {tuple(tensor.shape)}, is named like a position table, but is none over a "
                 f"{show(old.grid)} grid: {hint}"
             )
     for path, module in part.named_modules():
-        size = _ints(vars(module).get("input_resolution"))
+        size = ints(vars(module).get("input_resolution"))
         if size is not None and size not in (old.image_size, old.grid):
             raise UnsupportedModelError(
                 f"{path}.input_resolution ({show(size)}) is of a coarser grid, which anypatch cannot follow in a "
@@ -712,12 +441,12 @@ def _require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
 
 def _of_window(model: nn.Module, path: str, name: str, tensor: Tensor, old: Geometry) -> bool:
     """Whether a relative table or index is over a window that is smaller than the grid."""
-    if not _relative(name) or tensor.ndim == 0:
+    if not is_relative(name) or tensor.ndim == 0:
         return False
     assert old.grid is not None
-    for ancestor in [path, *_ancestors(path)] if path else [path]:
+    for ancestor in [path, *ancestors(path)] if path else [path]:
         value = vars(model.get_submodule(ancestor)).get("window_size")
-        window = (value, value) if type(value) is int else _ints(value)
+        window = (value, value) if type(value) is int else ints(value)
         if (
             window is not None
             and len(window) == 2

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from anypatch.core.adapters import innermost
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
@@ -224,10 +225,8 @@ def _first_layer(model: Any) -> str | None:
 
 
 def _unwrapped(layer: nn.Module) -> nn.Module:
-    """An adapter's wrapped layer."""
-    while "base_layer" in layer._modules:
-        layer = layer.get_submodule("base_layer")
-    return layer
+    """The layer inside an adapter, or inside a module of the user's."""
+    return layer if comes_from(layer, NAME) else innermost(layer)
 
 
 def _layer(model: Any, path: str) -> nn.Module:

@@ -1,0 +1,224 @@
+"""The account of a live model: the difference between it and its old twin, the mirror of the twins' own difference.
+
+Whatever the live model has and the twin does not, or has otherwise, is followed, shown to be independent of the
+geometry, or refused by name before anything is changed. The twins' edits speak for everything that stands where the
+library puts it; this module says where a tensor that should change really is, and lists what the twins do not speak
+for, so that the rule for hand-made models (:class:`Rule`) can follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from anypatch.core.adapters import Place, match, reads_same_input, wrapped
+from anypatch.core.diff import BOOKKEEPING, Edit, ParameterEdit
+from anypatch.core.tables import Sampling
+from anypatch.core.twins import Subject, Twins
+from anypatch.errors import UnsupportedModelError
+
+# What stands beside a weight that is computed anew at every forward pass, and what undoes it.
+DERIVED = {
+    "_mask": ("pruned", "torch.nn.utils.prune.remove"),
+    "_u": ("spectrally normed", "torch.nn.utils.remove_spectral_norm"),
+    "_g": ("weight-normed", "torch.nn.utils.remove_weight_norm"),
+    "_v": ("weight-normed", "torch.nn.utils.remove_weight_norm"),
+    "_orig": ("computed from another tensor", "the function that restores it"),
+}
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A live module, and the names in it that the twins do not speak for: attributes, parameters, buffers.
+
+    ``whole`` where the twins do not know the module at all.
+    """
+
+    path: str
+    module: nn.Module
+    names: frozenset[str]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule has to know: the twins, sizes of tensors that are the same at every geometry, how to resample."""
+
+    twins: Twins
+    widths: frozenset[int]
+    method: Any
+    sampling: Sampling
+
+
+class Rule(Protocol):
+    """How what the twins do not speak for follows a geometry: the structural rule of hand-made models."""
+
+    def __call__(self, root: nn.Module, extras: list[Extra], context: Context) -> list[Edit]:
+        """Edits by module path in ``root``.
+
+        Raises:
+            UnsupportedModelError, GeometryError: something depends on the geometry and cannot follow.
+        """
+
+
+class Account:
+    """Where the twin's modules are in the live model, and what of the live model is left over."""
+
+    def __init__(self, subject: Subject, old: nn.Module, edits: Iterable[Edit]) -> None:
+        self.subject = subject
+        self.root = subject.wrapper if subject.wrapper is not None else subject.model
+        self.places = match(subject.part, old)
+        self._old = old
+        self._changing = {(e.path, e.name): e for e in edits if isinstance(e, ParameterEdit)}
+        for edit in self._changing.values():
+            for live in self.places[edit.path].layers:
+                tensor_of(live, edit.name, edit.full)
+            _require_exact_adapters(edit, self.places[edit.path])
+
+    def widths(self) -> frozenset[int]:
+        """Sizes of tensors that are the same at every geometry: no count of tokens or pixels, if they coincide."""
+        found = set()
+        for path, module in self._old.named_modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None and (path, name) not in self._changing:
+                    found |= set(tensor.shape[:2] if isinstance(module, _ConvNd) else tensor.shape)
+        return frozenset(found)
+
+    def extras(self) -> list[Extra]:
+        """Everything in the object that the user holds that the twins do not speak for."""
+        known: dict[int, set[str]] = {}
+        for path, twin in self._old.named_modules():
+            for live in self.places[path].layers:
+                known.setdefault(id(live), set()).update(self._spoken_for(path, twin, live))
+        found = []
+        inside = {id(m) for m in self.subject.part.modules()}
+        for path, module in _territory(self.root, self.subject.geometry.library, inside):
+            names = {*_plain(module), *module._parameters, *module._buffers} - known.get(id(module), set())
+            if names or id(module) not in known:
+                found.append(Extra(path, module, frozenset(names), id(module) not in known))
+        return found
+
+    def _spoken_for(self, path: str, twin: nn.Module, live: nn.Module) -> set[str]:
+        names = set(vars(twin)) | set(twin._buffers)
+        for name, tensor in twin._parameters.items():
+            own = live._parameters.get(name)
+            same = own is None or tensor is None or own.shape == tensor.shape
+            if same or (path, name) in self._changing:
+                names.add(name)
+        return names
+
+
+def _plain(module: nn.Module) -> Iterator[str]:
+    return (name for name in vars(module) if name not in BOOKKEEPING)
+
+
+def _territory(root: nn.Module, library: str, inside: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """The part that has twins, and outside it the modules of the user's own.
+
+    What a library keeps beside the part (a text tower) is its file's to speak for, and torch's own layers belong to
+    the module that holds them.
+    """
+
+    def walk(path: str, module: nn.Module, users: bool, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        package = type(module).__module__.split(".")[0]
+        if package not in ("torch", "peft"):
+            users = package != library
+        if users or id(module) in inside:
+            yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{path}.{name}" if path else name, child, users, seen)
+
+    yield from walk("", root, False, set())
+
+
+# -- tensors that should change ----------------------------------------------------------------------------------
+
+
+def tensor_of(live: nn.Module, name: str, full: str) -> Tensor | None:
+    """The live tensor in the place of a parameter of the twin: a parameter, or one that was frozen into a buffer.
+
+    ``None`` where there is none: it was taken away.
+
+    Raises:
+        UnsupportedModelError: it is computed from others at every forward pass.
+    """
+    own = live._parameters.get(name)
+    if own is not None:
+        return own
+    parametrizations = live._modules.get("parametrizations")
+    if parametrizations is not None and name in parametrizations._modules:
+        raise UnsupportedModelError(f"{full} is parametrized; remove the parametrization before adapting")
+    held = {**vars(live), **live._parameters, **live._buffers}
+    for suffix, (what, remedy) in DERIVED.items():
+        if isinstance(held.get(name + suffix), Tensor):
+            raise UnsupportedModelError(
+                f"{full} is {what} ({name}{suffix} stands beside it): call {remedy} before adapting"
+            )
+    value = held.get(name)
+    return value if isinstance(value, Tensor) else None
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse to resample NaN and infinite values, which would spread.
+
+    Raises:
+        UnsupportedModelError: there are some; the message names the tensor.
+    """
+    if tensor.is_meta or not tensor.is_floating_point():
+        return
+    values = tensor.detach()
+    values = values.float() if values.dtype.itemsize == 1 else values
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise UnsupportedModelError(f"{name} has {bad} NaN or infinite values and has to be resampled")
+
+
+# -- adapters over layers that change ----------------------------------------------------------------------------
+
+
+def _require_exact_adapters(edit: ParameterEdit, place: Place) -> None:
+    """An adapter's own weights over a layer that changes have to change with it, or not to see the geometry."""
+    for outer in place.outer:
+        if any(layer is outer for layer in place.layers):
+            continue
+        beside = {id(m) for layer in place.layers for m in layer.modules()}
+        inner = wrapped(outer)
+        if inner:
+            beside |= {id(m) for module in inner for m in module.modules()}
+        elif not isinstance(edit.twin, (_ConvNd, nn.Linear)):
+            continue  # a module of the user's around a whole part: what it has of its own is listed as an extra
+        for path, module in outer.named_modules():
+            if id(module) in beside:
+                continue
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                full = f"{path}.{name}" if path else name
+                if tensor is not None and not (inner and _is_exact(full, module, tensor, edit.twin)):
+                    raise UnsupportedModelError(
+                        f"{edit.full} changes, and {type(outer).__name__} over it computes with {full}, of shape "
+                        f"{tuple(tensor.shape)}, in a way that anypatch cannot follow: merge or remove it before "
+                        f"adapting, and put it back afterwards"
+                    )
+
+
+def _is_exact(name: str, owner: nn.Module, tensor: Tensor, twin: nn.Module | None) -> bool:
+    """Whether a tensor of PEFT's is exact as it is over a layer whose kernel is resized.
+
+    LoRA's second factor reads the rank, whatever the input is; IA3's vector scales channels. Everything else (DoRA's
+    magnitudes, which are norms of the whole weight; Hadamard and Kronecker products; rotations; shared projections) is
+    computed from the kernel's own entries.
+    """
+    if name.startswith("lora_B.") and isinstance(owner, (_ConvNd, nn.Linear)):
+        return twin is None or not reads_same_input(owner, twin)
+    if name.startswith("ia3_l."):
+        return isinstance(twin, _ConvNd) or (isinstance(twin, nn.Linear) and tensor.shape[-1] == 1)
+    return False

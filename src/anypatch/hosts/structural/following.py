@@ -1,0 +1,185 @@
+"""Attributes of hand-made modules that follow a geometry: by their names, where they have the present value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from anypatch.core.geometry import Geometry, Size, show
+from anypatch.errors import GeometryError
+
+PATCH_NAMES = {"patch_size", "patch_sizes", "patch_dim_size", "patch", "encoder_stride"}
+TIME_NAMES = {"tubelet_size", "tubelet", "temporal_patch_size"}
+IMAGE_NAMES = {"img_size", "image_size", "input_size", "input_resolution", "image_resolution", "resolution"}
+FRAME_NAMES = {"num_frames", "frames", "all_frames", "n_frames"}
+GRID_NAMES = {"grid_size", "grid", "patches_resolution", "patch_resolution", "grid_shape", "patch_grid", "feat_size"}
+COUNT_NAMES = {
+    "num_patches",
+    "n_patches",
+    "num_patch",
+    "seq_len",
+    "seq_length",
+    "sequence_length",
+    "num_tokens",
+    "n_tokens",
+    "num_positions",
+    "n_positions",
+    "num_pos",
+}
+
+# Further names that people give these values in modules around a model; they count only with the very value.
+STRIDE = re.compile(
+    r"(^|_)(patch(_?(size|h|w|height|width))?|psize|ps|(vit_|feat(ure)?_|output_|out_|total_|backbone_)?strides?"
+    r"|(down|up)(sample|scale|sampling)?_?(ratio|factor|rate|scale)|pixels_per_(patch|token))$"
+    r"|^(upsample|downsample|upscale|downscale|upsampling|scale(_?factor)?|up|p)$",
+    re.I,
+)
+SIDE = re.compile(
+    r"(^|_)(grid|map|feat(ure)?s?|token|spatial|patch(es)?|img|image|im|input|output|out|crop|target)"
+    r"_?(size|shape|side|h|w|hw|height|width|res(olution)?)$"
+    r"|^(num_|n_)?(h|w|hw|hp|wp|height|width|rows|cols|columns|sides?)$|^(size|shape|sz|res(olution)?)$"
+    r"|(tokens|patches)_per_(side|row|axis)$",
+    re.I,
+)
+COUNT = re.compile(
+    r"(^|_)((num|n|max)_?(tokens?|patch(es)?|pos(itions)?)|(max_|seq_?|sequence_)len(gth)?)$|^[nl]$", re.I
+)
+SCALE = re.compile(r"(^|_)spatial_scale$|^scale(_factor)?$", re.I)  # of image coordinates to the map: 1 / patch
+# A patch of one or two pixels says nothing under such names: factors of that size are everywhere.
+TELLING = 3
+
+
+def entries(holder: Any, depth: int = 0) -> Iterator[tuple[Any, str, Any]]:
+    """Plain values on a module, and in the dictionaries, lists and configuration objects it holds."""
+    mapping = holder if isinstance(holder, dict) else vars(holder)
+    hidden = vars(nn.Module()) if isinstance(holder, nn.Module) else {}
+    for name, value in list(mapping.items()):
+        if not isinstance(name, str) or name in hidden:
+            continue
+        yield mapping, name, value
+        items = value if isinstance(value, list) else [value]
+        for item in items[:64]:
+            if depth < 2 and _holds_values(item):
+                yield from entries(item, depth + 1)
+
+
+def _holds_values(item: Any) -> bool:
+    if isinstance(item, (nn.Module, Tensor, type)) or callable(item):
+        return False
+    return isinstance(item, dict) or hasattr(item, "__dict__")
+
+
+def kinds(old: Geometry, new: Geometry) -> Iterator[tuple[set[str], list[Any], list[Any]]]:
+    """Names, and the values that attributes of those names have at the two geometries, in corresponding order."""
+    space = slice(-2, None)
+    yield PATCH_NAMES, *_sizes(old.patch_size, new.patch_size)
+    if len(old.patch_size) == 3:
+        yield TIME_NAMES, [old.patch_size[0]], [new.patch_size[0]]
+    if old.image_size is not None and new.image_size is not None:
+        yield IMAGE_NAMES, *_sizes(old.image_size, new.image_size)
+        if len(old.image_size) == 3:
+            yield FRAME_NAMES, [old.image_size[0]], [new.image_size[0]]
+    if old.grid is None or new.grid is None:
+        return
+    yield GRID_NAMES | IMAGE_NAMES, *_sizes(old.grid, new.grid)
+    counts: list[Callable[[Geometry], int]] = [
+        lambda g: math.prod(g.grid or ()),
+        lambda g: math.prod(g.grid or ()) + g.prefix_tokens,
+        lambda g: math.prod((g.grid or ())[space]),
+        lambda g: math.prod((g.grid or ())[space]) + g.prefix_tokens,
+    ]
+    yield COUNT_NAMES, [count(old) for count in counts], [count(new) for count in counts]
+
+
+def _sizes(old: Size, new: Size) -> tuple[list[Any], list[Any]]:
+    """A size in the forms that attributes have: all axes, two axes, and one int for both."""
+    return [old, old[-2:], _one(old)], [new, new[-2:], _one(new)]
+
+
+def _one(size: Size) -> Any:
+    return size[-1] if size[-1] == size[-2] else None
+
+
+def follow(value: Any, present: list[Any], following: list[Any], full: str) -> Any:
+    """The value an attribute takes, or ``None`` where it does not follow the geometry."""
+    if type(value) is int:
+        for old, new in zip(present, following, strict=True):
+            if value != old:
+                continue
+            if new is None:
+                raise GeometryError(
+                    f"{full} is one number for both axes ({value}): this model takes square sizes only, not "
+                    f"{show(following[1])}"
+                )
+            return new
+        return None
+    size = ints(value)
+    if size is None:
+        return None
+    for old, new in zip(present, following, strict=True):
+        if isinstance(old, tuple) and size[-len(old) :] == old and len(size) <= len(old) + 1:
+            return type(value)([*size[: -len(old)], *new])
+    return None
+
+
+def carries(name: str, value: Any, old: Geometry, new: Geometry, full: str) -> Any:
+    """What becomes of a value with the name and size of a patch, an image, a grid or a count; ``None`` for others.
+
+    The names are wider than those of :func:`kinds`: people's own, around a model.
+    """
+    for names, present, following in kinds(old, new):
+        if name in names and value is not None:
+            changed = follow(value, present, following, full)
+            if changed is not None:
+                return changed
+    if isinstance(value, float):
+        return _scale(name, value, old, new, full)
+    for pattern, a, b in _wider(old, new):
+        if pattern.search(name) and min(a) >= TELLING:
+            changed = _on_axis(name, value, a, b, full)
+            if changed is not None:
+                return changed
+    if old.grid is None or new.grid is None or type(value) is not int or not COUNT.search(name):
+        return None
+    for extra in dict.fromkeys((0, old.prefix_tokens)):
+        if value == math.prod(old.grid) + extra and value > TELLING**2:
+            return math.prod(new.grid) + extra
+    return None
+
+
+def _wider(old: Geometry, new: Geometry) -> Iterator[tuple[re.Pattern[str], Size, Size]]:
+    yield STRIDE, old.patch_size[-2:], new.patch_size[-2:]
+    if old.image_size is not None and new.image_size is not None:
+        yield SIDE, old.image_size[-2:], new.image_size[-2:]
+    if old.grid is not None and new.grid is not None:
+        yield SIDE, old.grid[-2:], new.grid[-2:]
+
+
+def _on_axis(name: str, value: Any, old: Size, new: Size, full: str) -> Any:
+    """A size of two axes, of one, or of one that the name tells."""
+    leaf = name.lower().rpartition("_")[2]
+    axis = {"h": 0, "height": 0, "hp": 0, "rows": 0, "w": 1, "width": 1, "wp": 1, "cols": 1, "columns": 1}.get(leaf)
+    if axis is not None and type(value) is int:
+        return new[axis] if value == old[axis] else None
+    return follow(value, [old, _one(old)], [new, _one(new)], full)
+
+
+def _scale(name: str, value: float, old: Geometry, new: Geometry, full: str) -> float | None:
+    """A factor between pixels and tokens, as ``Upsample`` or ``RoIAlign`` have it."""
+    patch = old.patch_size[-1]
+    if patch < TELLING or (not SCALE.search(name) and not STRIDE.search(name)):
+        return None
+    if value not in (float(patch), 1 / patch):
+        return None
+    after = follow(patch, [old.patch_size[-2:], patch], [new.patch_size[-2:], _one(new.patch_size)], full)
+    return float(after) if value == patch else 1 / after
+
+
+def ints(value: Any) -> Size | None:
+    if isinstance(value, (tuple, list)) and value and all(type(v) is int and v > 0 for v in value):
+        return tuple(value)
+    return None

@@ -1,0 +1,418 @@
+"""What stands around or inside a library's model and is not the library's: how it follows the geometry.
+
+A module of the user's that holds the model, a second stem beside the first, a head that brings tokens back to pixels,
+a replaced layer: each is followed by the same names and shapes as in hand-made models, or refused by name. What has no
+name and no shape that tells (a number inside a function's code) cannot be seen here; ``anypatch.check`` runs the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Size as TorchSize
+from torch import Tensor, nn
+
+from anypatch.core.account import Context, Extra
+from anypatch.core.diff import AttributeEdit, BufferEdit, Edit, Owners, ParameterEdit
+from anypatch.core.geometry import Size, show
+from anypatch.core.roles import Case, changed_axes
+from anypatch.errors import UnsupportedModelError
+from anypatch.hosts.structural.following import TELLING, carries, entries
+from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enumerates, explain, resampled, table_shape
+
+POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+BLOCKS = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
+PIXEL_CHANNELS = 4  # what an image has at most, unless the stem itself reads more
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def follow_surroundings(root: nn.Module, extras: list[Extra], context: Context) -> list[Edit]:
+    """Edits for everything that the twins do not speak for.
+
+    Raises:
+        UnsupportedModelError: something has the old patch, grid or number of tokens and cannot follow.
+        GeometryError: something follows, but not to these sizes.
+    """
+    rule = Surroundings(context)
+    edits: list[Edit] = []
+    for extra in extras:
+        edits += rule.attributes(extra)
+        edits += rule.layer(extra, extras)
+        edits += rule.tensors(extra)
+    rule.require_no_cascade(extras)
+    rule.require_no_hook(root)
+    return edits
+
+
+class Surroundings:
+    """The rule at one change of geometry."""
+
+    def __init__(self, context: Context) -> None:
+        twins = context.twins
+        self.context, self.old, self.new = context, twins.before, twins.after
+        self.patch: Size = twins.before.patch_size[-2:]
+        self.patch_changes = twins.before.patch_size != twins.after.patch_size
+        self.grid_changes = None not in (self.old.grid, self.new.grid) and self.old.grid != self.new.grid
+        self.image_changes = None not in (self.old.image_size, self.new.image_size) and (
+            self.old.image_size != self.new.image_size
+        )
+        self.telling = self.patch_changes and min(self.patch) >= TELLING
+        tokens = math.prod(self.old.grid or (0,))
+        counts = (tokens, tokens + self.old.prefix_tokens) if self.grid_changes else ()
+        self.counts = {count for count in counts if count > TELLING}
+        self.stem = _stem(twins.old, twins.new, self.old.patch_size)
+
+    # -- plain values ------------------------------------------------------------------------------------------
+
+    def attributes(self, extra: Extra) -> Iterator[Edit]:
+        if type(extra.module).__module__.startswith("torch.nn."):
+            return  # torch's own layers are followed as layers
+        for name in sorted(extra.names):
+            value = vars(extra.module).get(name)
+            full = f"{extra.path}.{name}" if extra.path else name
+            alone = name == "width" and "height" not in vars(extra.module)  # the width of the tokens
+            if value is None or alone or isinstance(value, (Tensor, nn.Module)):
+                continue
+            if isinstance(value, (types.FunctionType, functools.partial)):
+                self._require_blind(value, full)
+                continue
+            after = self._value(name, value, full)
+            if after is not None:
+                yield AttributeEdit(extra.path, name, None, value, after)
+
+    def _value(self, name: str, value: Any, full: str) -> Any:
+        """A plain value, or a collection or configuration of such, at the new geometry; ``None`` if it is the same."""
+        changed = carries(name, value, self.old, self.new, full)
+        if changed is not None or not _is_record(value):
+            return changed
+        found = [name for _, name, item in entries({name: value}) if carries(name, item, self.old, self.new, full)]
+        if not found:
+            return None
+        result = copy.deepcopy(value)
+        for mapping, key, item in list(entries({name: result})):
+            after = carries(key, item, self.old, self.new, f"{full}.{key}")
+            if after is not None:
+                mapping[key] = after
+        return result
+
+    def require_no_hook(self, root: nn.Module) -> None:
+        for path, module in root.named_modules():
+            for kind in HOOKS:
+                for hook in getattr(module, kind).values():
+                    self._require_blind(hook, f"a hook of {path or type(module).__name__}")
+
+    def _require_blind(self, function: Any, full: str) -> None:
+        """A function may not close over the geometry: what it closes over cannot be changed."""
+        for name, value in _closed_over(function):
+            if carries(name, value, self.old, self.new, full) not in (None, value):
+                raise UnsupportedModelError(
+                    f"{full} is a function that closes over {name} = {value}, which anypatch cannot change: take it "
+                    f"off before adapting, and put one with the new value there afterwards"
+                )
+
+    # -- layers ------------------------------------------------------------------------------------------------
+
+    def layer(self, extra: Extra, extras: list[Extra]) -> Iterator[Edit]:
+        module, path = extra.module, extra.path
+        if isinstance(module, CONVOLUTIONS) and extra.whole:
+            yield from self._convolution(path, module)
+        elif isinstance(module, nn.ConvTranspose2d) and extra.whole:
+            yield from self._transposed(path, module)
+        elif isinstance(module, nn.Upsample):
+            yield from self._upsample(path, module)
+        elif isinstance(module, POOLS) and extra.whole:
+            yield from self._pool(path, module)
+        elif isinstance(module, BLOCKS) and extra.whole:
+            yield from self._blocks(path, module, extras)
+        elif isinstance(module, nn.Linear) and "weight" in extra.names:
+            self._require_independent_linear(path, module)
+
+    def _convolution(self, path: str, conv: Any) -> Iterator[Edit]:
+        kernel, stride, patch = tuple(conv.kernel_size), tuple(conv.stride), self.old.patch_size
+        if set(kernel) == {1} and conv.in_channels in self.counts - self.context.widths:
+            self._refuse(path, conv, f"mixes a fixed number of tokens ({conv.in_channels})")
+        if self.grid_changes and kernel == self.old.grid and max(kernel) > TELLING:
+            self._refuse(path, conv, f"has a kernel as large as the grid ({show(kernel)})")
+        if not self.patch_changes or not self._reads_pixels(conv):
+            return
+        if kernel == patch == stride and conv.groups == 1 and not any(_padding(conv)):
+            yield from self._projection(path, conv, self.new.patch_size)
+        elif stride == patch or kernel == patch:
+            self._refuse(path, conv, f"has the patch as its kernel or stride ({show(kernel)}, {show(stride)})")
+
+    def _reads_pixels(self, conv: Any) -> bool:
+        """Whether a convolution that has the patch as its stride sees the image, not a map of tokens."""
+        if conv.in_channels <= PIXEL_CHANNELS:
+            return True
+        reads_tokens = self.stem is not None and conv.in_channels == self.stem.weight.shape[0]
+        same = self.stem is not None and conv.in_channels == self.stem.weight.shape[1]
+        return same or (min(self.patch) >= 2 * TELLING and not reads_tokens)
+
+    def _projection(self, path: str, conv: Any, size: Size) -> Iterator[Edit]:
+        with torch.device("meta"):
+            new = type(conv)(conv.in_channels, conv.out_channels, size, size, bias=False)
+        yield self._parameter(path, "weight", ((conv, new),), tuple(conv.weight.shape), tuple(new.weight.shape))
+        yield AttributeEdit(path, "kernel_size", None, conv.kernel_size, size)
+        yield AttributeEdit(path, "stride", None, conv.stride, size)
+
+    def _transposed(self, path: str, conv: Any) -> Iterator[Edit]:
+        if self.telling and conv.stride == self.patch:
+            if conv.kernel_size != conv.stride or conv.groups != 1 or any(_padding(conv)):
+                self._refuse(path, conv, f"paints patches that overlap (kernel {show(conv.kernel_size)})")
+            yield from self._projection(path, conv, self.new.patch_size[-2:])
+
+    def _upsample(self, path: str, module: nn.Upsample) -> Iterator[Edit]:
+        size = module.size if module.size is None or isinstance(module.size, tuple) else (module.size,) * 2
+        for old, new in ((self.old.image_size, self.new.image_size), (self.old.grid, self.new.grid)):
+            if size is not None and old is not None and new is not None and size == old[-2:] != new[-2:]:
+                yield AttributeEdit(path, "size", None, module.size, new[-2:])
+                return
+        factor = module.scale_factor
+        if not self.telling or factor is None:
+            return
+        factors = tuple(factor) if isinstance(factor, tuple) else (factor,) * 2
+        if factors == tuple(map(float, self.patch)):
+            h, w = map(float, self.new.patch_size[-2:])
+            after = h if h == w and not isinstance(factor, tuple) else (h, w)
+            yield AttributeEdit(path, "scale_factor", None, factor, after)
+
+    def _pool(self, path: str, pool: Any) -> Iterator[Edit]:
+        kernel, stride = (v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.stride))
+        if self.telling and kernel == stride == self.patch:
+            if self.old.grid is not None and kernel == self.old.grid[-2:] and self.grid_changes:
+                self._refuse(path, pool, f"has both the patch and the grid as its kernel ({show(kernel)})")
+            yield AttributeEdit(path, "kernel_size", None, pool.kernel_size, self.new.patch_size[-2:])
+            yield AttributeEdit(path, "stride", None, pool.stride, self.new.patch_size[-2:])
+        elif self.grid_changes and max(kernel) > TELLING and self.old.grid is not None and kernel == self.old.grid[-2:]:
+            assert self.new.grid is not None
+            yield AttributeEdit(path, "kernel_size", None, pool.kernel_size, self.new.grid[-2:])
+            if stride == kernel:
+                yield AttributeEdit(path, "stride", None, pool.stride, self.new.grid[-2:])
+
+    def _blocks(self, path: str, module: nn.Module, extras: list[Extra]) -> Iterator[Edit]:
+        """Layers that rearrange pixels and patches: a shuffle after the layer that predicts its values is followed."""
+        size = _block(module)
+        if isinstance(module, nn.Fold) and self.image_changes and size != self.patch:
+            self._refuse(path, module, "puts windows together into an image of a fixed size")
+        if not self.telling or size != self.patch:
+            return
+        before = _before(path, extras)
+        new = self.new.patch_size[-2:]
+        if isinstance(module, nn.PixelShuffle) and before is not None and new[0] == new[1]:
+            where, layer = before
+            pixels = math.prod(size)
+            if isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and layer.out_channels % pixels == 0:
+                rows = layer.out_channels // pixels * math.prod(new)
+                yield from self._pixel_head(where, layer, rows)
+                yield AttributeEdit(path, "upscale_factor", None, module.upscale_factor, new[0])
+                return
+        self._refuse(path, module, "takes patches apart or puts them together, in an order that cannot be told")
+
+    def _pixel_head(self, path: str, layer: nn.Conv2d, rows: int) -> Iterator[Edit]:
+        with torch.device("meta"):
+            new = nn.Conv2d(layer.in_channels, rows, 1)
+        sides = self.patch[0], self.new.patch_size[-1]
+        owners = (layer, new), (nn.Sequential(nn.PixelShuffle(sides[0])), nn.Sequential(nn.PixelShuffle(sides[1])))
+        yield self._parameter(path, "weight", owners, tuple(layer.weight.shape), tuple(new.weight.shape))
+        if layer.bias is not None:
+            yield self._parameter(path, "bias", owners, (layer.out_channels,), (rows,))
+        yield AttributeEdit(path, "out_channels", None, layer.out_channels, rows)
+
+    def _require_independent_linear(self, path: str, layer: nn.Linear) -> None:
+        size, widths = layer.in_features, self.context.widths
+        if size in self.counts - widths:
+            self._refuse(path, layer, f"mixes a fixed number of tokens ({size})")
+        for width in () if self.stem is None else (self.stem.weight.shape[0],):
+            if size % width == 0 and size // width in self.counts:
+                self._refuse(
+                    path, layer, f"reads all {size // width} tokens at once ({size} = {size // width} x {width})"
+                )
+        if self.telling and size in self._pixels() - widths:
+            self._refuse(path, layer, f"reads flattened patches ({size} values), in an order that cannot be told")
+
+    def _pixels(self) -> set[int]:
+        channels = {1, 3, *(() if self.stem is None or self.stem.weight.ndim < 3 else (self.stem.weight.shape[1],))}
+        return {c * math.prod(self.patch) for c in channels}
+
+    # -- tensors -----------------------------------------------------------------------------------------------
+
+    def tensors(self, extra: Extra) -> Iterator[Edit]:
+        module = extra.module
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS, nn.ConvTranspose2d, nn.MultiheadAttention)):
+            return
+        for name in sorted(extra.names):
+            tensor = {**vars(module), **module._buffers, **module._parameters}.get(name)
+            if not isinstance(tensor, Tensor):
+                continue
+            table = self._table(extra, name, tensor)
+            if table is not None:
+                yield table
+            elif not (isinstance(module, NORMS) and tensor.ndim < 2 and tensor.shape[:1] != tuple(self.counts)):
+                self._require_independent(extra, name, tensor)
+
+    def _table(self, extra: Extra, name: str, tensor: Tensor) -> Edit | None:
+        if not self.grid_changes:
+            return None
+        assert self.old.grid is not None
+        assert self.new.grid is not None
+        length = enumerates(tensor, self.old)
+        if length is not None and length > TELLING:
+            after = torch.arange(length + math.prod(self.new.grid) - math.prod(self.old.grid)).to(tensor)
+            after = after.expand(*tensor.shape[:-1], -1)
+            return self._value_edit(extra, name, tensor, after)
+        shown = extra.path.rpartition(".")[2] if isinstance(extra.module, nn.Embedding) else name
+        if not POSITION.search(shown) or ROTARY.search(name) or not tensor.is_floating_point():
+            return None
+        table = explain(extra.path, name, tensor, self.old)
+        if table is None or tensor.ndim < 2:
+            return None
+        if name in extra.module._parameters:
+            shape = table_shape(table, tuple(tensor.shape), self.new)
+            return self._parameter(extra.path, name, ((extra.module, extra.module),), tuple(tensor.shape), shape)
+        return self._value_edit(extra, name, tensor, resampled(table, tensor.detach(), self.old, self.new))
+
+    def _value_edit(self, extra: Extra, name: str, tensor: Tensor, after: Tensor) -> Edit:
+        if name in extra.module._buffers:
+            persistent = name not in extra.module._non_persistent_buffers_set
+            return BufferEdit(extra.path, name, None, tensor, after, persistent, None)
+        return AttributeEdit(extra.path, name, None, tensor, after)
+
+    def _require_independent(self, extra: Extra, name: str, tensor: Tensor) -> None:
+        shape, widths = tuple(tensor.shape), self.context.widths
+        full = f"{extra.path}.{name}" if extra.path else name
+        pairs = []
+        if self.grid_changes and self.old.grid is not None:
+            pairs.append(("the grid", self.old.grid[-2:]))
+        if self.image_changes and self.old.image_size is not None:
+            pairs.append(("the image", self.old.image_size[-2:]))
+        if self.telling:
+            pairs.append(("the patch", self.patch))
+        for what, sides in pairs:
+            if min(sides) >= TELLING and any(shape[i : i + 2] == sides for i in range(len(shape) - 1)):
+                raise _refusal(full, f"has the size of {what} ({shape})")
+        for size in set(shape) - widths:
+            if size in self.counts:
+                raise _refusal(full, f"has the number of tokens ({shape})")
+            if self.telling and size in self._pixels():
+                raise _refusal(full, f"has the number of values in a patch ({shape})")
+
+    # -- helpers -----------------------------------------------------------------------------------------------
+
+    def _parameter(self, path: str, name: str, owners: Owners, a: Size, b: Size) -> ParameterEdit:
+        twins, context = self.context.twins, self.context
+        full = f"{path}.{name}" if path else name
+        axes = changed_axes(a, b)
+        sizes = TorchSize(a), TorchSize(b)
+        case = Case(full, *sizes, axes, owners, self.old, self.new, twins.facts, context.method, context.sampling)
+        return ParameterEdit(path, name, None, case)
+
+    def _refuse(self, path: str, module: nn.Module, why: str) -> None:
+        raise _refusal(f"{path} ({type(module).__name__})", why)
+
+    def require_no_cascade(self, extras: Iterable[Extra]) -> None:
+        """Several upsampling layers that together make up the patch: which of them should grow cannot be told."""
+        if not self.telling:
+            return
+        chains: dict[str, list[tuple[str, float]]] = {}
+        for extra in extras:
+            factor = _upsamples(extra.module) if extra.whole else 1.0
+            if factor > 1.0 and factor != self.patch[0]:
+                chains.setdefault(extra.path.split(".")[0], []).append((extra.path, factor))
+        for name, steps in chains.items():
+            if len(steps) > 1 and math.prod(factor for _, factor in steps) == self.patch[0]:
+                shown = " x ".join(f"{factor:g}" for _, factor in steps)
+                raise _refusal(name, f"upsamples tokens to pixels in {len(steps)} layers ({shown})")
+
+
+def _refusal(full: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{full} {why}, and the library that made the model does not speak for it: anypatch cannot tell how it "
+        f"follows. Adapt the model inside on its own, and change this by hand"
+    )
+
+
+def _stem(old: nn.Module, new: nn.Module, patch: Size) -> Any:
+    """The first layer of the twins whose weight follows the patch, or that has it as its stride."""
+    after = dict(new.named_modules())
+    for path, module in old.named_modules():
+        twin = after.get(path)
+        alike = isinstance(module, (*CONVOLUTIONS, nn.Linear)) and type(twin) is type(module)
+        if alike and module.weight.shape != twin.weight.shape:  # type: ignore[union-attr]
+            return module
+    found = [m for m in old.modules() if isinstance(m, CONVOLUTIONS) and tuple(m.stride) == patch]
+    return found[0] if found else None
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is a collection of settings (a dictionary, a namespace, a configuration), not a trainer."""
+    if isinstance(value, (dict, list)):
+        return True
+    named = type(value).__name__.lower().endswith(("namespace", "config", "args", "params", "cfg", "settings"))
+    return hasattr(value, "__dict__") and (named or hasattr(value, "__dataclass_fields__"))
+
+
+def _closed_over(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and values that a function brings along: closure, defaults, a partial's arguments."""
+    if isinstance(function, functools.partial):
+        yield from function.keywords.items()
+        function = function.func
+    if not isinstance(function, types.FunctionType):
+        return
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount]
+    defaults = function.__defaults__ or ()
+    yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
+    yield from (function.__kwdefaults__ or {}).items()
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        yield name, value
+        if depth < 2 and isinstance(value, (types.FunctionType, functools.partial)):
+            yield from _closed_over(value, depth + 1)
+
+
+def _padding(conv: Any) -> tuple[int, ...]:
+    return () if conv.padding == "valid" else (1,) if isinstance(conv.padding, str) else tuple(conv.padding)
+
+
+def _block(module: Any) -> Size:
+    if isinstance(module, nn.PixelShuffle):
+        return (module.upscale_factor,) * 2
+    if isinstance(module, nn.PixelUnshuffle):
+        return (module.downscale_factor,) * 2
+    return tuple(module.stride) if isinstance(module.stride, tuple) else (module.stride,) * 2
+
+
+def _before(path: str, extras: Iterable[Extra]) -> tuple[str, nn.Module] | None:
+    """The layer before another in an ``nn.Sequential``."""
+    parent, _, name = path.rpartition(".")
+    modules = {extra.path: extra.module for extra in extras}
+    chain = modules.get(parent)
+    if not isinstance(chain, nn.Sequential):
+        return None
+    names = list(chain._modules)
+    index = names.index(name)
+    if index == 0:
+        return None
+    where = f"{parent}.{names[index - 1]}"
+    return where, chain[index - 1]
+
+
+def _upsamples(module: nn.Module) -> float:
+    if isinstance(module, nn.PixelShuffle):
+        return float(module.upscale_factor)
+    if isinstance(module, nn.ConvTranspose2d):
+        return float(module.stride[0])
+    if isinstance(module, nn.Upsample) and module.scale_factor is not None:
+        factor = module.scale_factor
+        return float(factor[0] if isinstance(factor, tuple) else factor)
+    return 1.0
