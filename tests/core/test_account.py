@@ -181,7 +181,7 @@ def test_a_shuffled_head_paints_larger_patches() -> None:
         (lambda: nn.ConvTranspose2d(48, 3, 20, 16, padding=2), r"head \(ConvTranspose2d\) paints patches that overlap"),
         (lambda: nn.Fold((64, 64), 16, stride=16), r"head \(Fold\)"),
         (lambda: nn.Unfold(16, stride=16), r"head \(Unfold\)"),
-        (lambda: nn.Linear(3 * 16 * 16, 7), r"head \(Linear\) reads flattened patches"),
+        (lambda: nn.Linear(16 * 16, 7), r"head \(Linear\) reads flattened patches"),
     ],
 )  # fmt: skip
 def test_heads_that_cannot_follow_are_refused_by_name(head: Callable[[], nn.Module], match: str) -> None:

@@ -65,8 +65,8 @@ class Surroundings:
         )
         self.telling = self.patch_changes and min(self.patch) >= TELLING
         tokens = math.prod(self.old.grid or (0,))
-        counts = (tokens, tokens + self.old.prefix_tokens) if self.grid_changes else ()
-        self.counts = {count for count in counts if count > TELLING}
+        self.tokens = {count for count in (tokens, tokens + self.old.prefix_tokens) if count > TELLING}
+        self.counts = self.tokens if self.grid_changes else set()
         self.stem = _stem(twins.old, twins.new, self.old.patch_size)
 
     # -- plain values ------------------------------------------------------------------------------------------
@@ -229,12 +229,11 @@ class Surroundings:
         size, widths = layer.in_features, self.context.widths
         if size in self.counts - widths:
             self._refuse(path, layer, f"mixes a fixed number of tokens ({size})")
-        for width in () if self.stem is None else (self.stem.weight.shape[0],):
-            if size % width == 0 and size // width in self.counts:
-                self._refuse(
-                    path, layer, f"reads all {size // width} tokens at once ({size} = {size // width} x {width})"
-                )
-        if self.telling and size in self._pixels() - widths:
+        width = size if self.stem is None else self.stem.weight.shape[0]
+        all_tokens = size % width == 0 and size // width in self.tokens
+        if all_tokens and self.grid_changes:
+            self._refuse(path, layer, f"reads all {size // width} tokens of {width} values at once")
+        if self.telling and not all_tokens and size in self._pixels() - widths:
             self._refuse(path, layer, f"reads flattened patches ({size} values), in an order that cannot be told")
 
     def _pixels(self) -> set[int]:
