@@ -87,6 +87,9 @@ class Account:
             for name, tensor in module._parameters.items():
                 if tensor is not None and (path, name) not in self._changing:
                     found |= set(tensor.shape[:2] if isinstance(module, _ConvNd) else tensor.shape)
+        for module in self.root.modules():
+            if isinstance(module, nn.LayerNorm):
+                found.add(module.normalized_shape[-1])
         return frozenset(found)
 
     def extras(self) -> list[Extra]:
@@ -107,7 +110,9 @@ class Account:
         names = set(vars(twin)) | set(twin._buffers)
         for name, tensor in twin._parameters.items():
             own = live._parameters.get(name)
-            same = own is None or tensor is None or own.shape == tensor.shape
+            # a library's own class knows its tensors whatever their widths; torch's may stand anywhere
+            of_library = type(live) is type(twin) and not type(live).__module__.startswith("torch.")
+            same = of_library or own is None or tensor is None or own.shape == tensor.shape
             if same or (path, name) in self._changing:
                 names.add(name)
         return names
