@@ -113,3 +113,89 @@ def test_random_weights_keep_activations_of_order_one() -> None:
     randomise(attention, torch.Generator().manual_seed(0))
     assert attention.in_proj_weight is not None
     assert attention.in_proj_weight.std().item() == pytest.approx(768**-0.5, rel=0.05)
+
+
+# -- what must not fool it ---------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Brings tokens back to pixels by a factor that stands in its code, where nobody sees it."""
+
+    def __init__(self, factor: float = 16, channels_last: bool = False, logits: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.head = vit(), nn.Conv2d(48, 2, 1)
+        # hidden in a list, so that no name tells
+        self.hidden, self.channels_last, self.logits = [factor], channels_last, logits
+
+    def forward(self, x: torch.Tensor) -> Any:
+        tokens = self.backbone.forward_features(x)
+        grid = self.head(tokens[:, 1:].mT.reshape(len(x), 48, *self.backbone.patch_embed.grid_size))
+        mask = torch.nn.functional.interpolate(grid, scale_factor=self.hidden[0])
+        mask = mask.permute(0, 2, 3, 1) if self.channels_last else mask
+        return {"mask": mask, "logits": tokens[:, 0]} if self.logits else mask
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("logits", [False, True])
+def test_an_output_as_large_as_the_image_has_to_grow_with_it(channels_last: bool, logits: bool) -> None:
+    result = anypatch.check(Decoder(16, channels_last, logits), 32)
+    assert not result.passed
+    assert "has the size of the image" in result.failures[0]
+    assert "failures" in repr(result)
+
+
+def test_outputs_smaller_than_the_image_may_stay() -> None:
+    assert anypatch.check(Decoder(4), 32).passed
+
+
+def test_outputs_that_grow_are_said_and_what_they_come_from_is_compared() -> None:
+    class Follows(Decoder):
+        def forward(self, x: torch.Tensor) -> Any:
+            self.hidden = self.backbone.patch_embed.patch_size[:1]
+            return super().forward(x)
+
+    result = anypatch.check(Follows(logits=True), 32)
+    assert result.passed
+    assert (result.compared, result.uncompared) == (1, ("output.mask (2, 2, 64, 64) -> (2, 2, 128, 128)",))
+    assert "uncompared" in repr(result)
+    alone = anypatch.check(Follows(), 32)
+    assert alone.passed
+    assert alone.compared > 1
+
+
+def test_a_forward_pass_that_fails_has_not_passed() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = vit()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (
+                self.backbone(x).reshape(2, 5) + x[:, 0, :5, :64].reshape(2, 5, 64).sum(2)[:, : 64 * 5 // x.shape[-1]]
+            )
+
+    result = anypatch.check(Fixed(), 32)
+    assert not result.passed
+    assert "the adapted model fails" in result.failures[0]
+
+
+def test_a_refusal_of_the_account_is_a_refusal() -> None:
+    model = Decoder(4)
+    model.mixer = nn.ConvTranspose2d(48, 3, 20, 16, padding=2)
+    with pytest.raises(anypatch.UnsupportedModelError, match="mixer"):
+        anypatch.check(model, 32)
+
+
+def test_no_accelerators_generator_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.random.get_rng_state()
+    anypatch.check(vit(), 32)
+    assert not seeded
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_repr_of_a_plain_result_is_short() -> None:
+    assert repr(anypatch.Check(0.0, True, 1, (32, 32))) == (
+        "Check(error=0.0, passed=True, compared=1, patch_size=(32, 32))"
+    )

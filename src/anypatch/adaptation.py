@@ -75,15 +75,33 @@ def make_plan(
 ) -> Plan | None:
     """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s."""
     require_no_view(model)
+    as_method(kernel)
+    _require_positions(positions)
+    return plan_for(describe(model), patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+
+
+def plan_for(
+    subject: Subject,
+    patch_size: SizeLike | None = None,
+    image_size: ImageSizeLike | None = None,
+    *,
+    keep: Keep = "image",
+    kernel: Any = "wiener",
+    positions: PositionsLike = "antialias",
+) -> Plan | None:
+    """``make_plan`` for a model that has been described already."""
     method = as_method(kernel)
-    if positions not in ("antialias", "host"):
-        raise GeometryError(f"positions must be 'antialias' or 'host', not {positions!r}")
-    subject = describe(model)
+    _require_positions(positions)
     target = target_geometry(subject.geometry, patch_size, image_size, keep)
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
     sampling = subject.facts.sampling if positions == "host" else ANTIALIASED
     return plans.make(subject, target, method, sampling, follow_surroundings)
+
+
+def _require_positions(positions: str) -> None:
+    if positions not in ("antialias", "host"):
+        raise GeometryError(f"positions must be 'antialias' or 'host', not {positions!r}")
 
 
 def at(

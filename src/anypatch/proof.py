@@ -11,38 +11,48 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anypatch.adaptation import adapt, describe, host
+from anypatch.adaptation import describe, host, plan_for
 from anypatch.core.display import facts_table
-from anypatch.core.geometry import Size, SizeLike, as_size, show
+from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
 from anypatch.core.views import standing
-from anypatch.errors import GeometryError, UnsupportedModelError
+from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
 
 TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
     """Result of the proof.
 
     Attributes:
         error: the largest relative error over the compared outputs, ``max |a - b| / max |a|``.
-        passed: whether it is float noise (below 1e-4).
-        compared: how many output tensors were compared.
+        passed: whether it is float noise (below 1e-4), and nothing failed.
+        compared: how many tensors were compared: outputs or, where none keeps its shape, what the parts of the
+            adapted model return on the way to them.
         patch_size: the patch size that was proved, from the model's own.
+        uncompared: outputs that could not be compared, as they grow with the image or are no floating-point numbers.
+        failures: what is wrong whatever the error: an output as large as the image that does not grow with it, or a
+            forward pass that fails. The check has not passed if there are any.
     """
 
     error: float
     passed: bool
     compared: int
     patch_size: Size
+    uncompared: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != ()]
+        return f"Check({', '.join(told)})"
 
     def _repr_html_(self) -> str:
         """The result as a table, in a notebook."""
@@ -53,6 +63,8 @@ class Check:
             "outputs compared": self.compared,
             "patch size": show(self.patch_size),
         }
+        for name, told in (("not compared", self.uncompared), ("failures", self.failures)):
+            facts |= {name: "; ".join(told)} if told else {}
         return facts_table("Check", facts)
 
 
@@ -93,36 +105,109 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     example = host(subject).example(inner)
     pixels = torch.randn(example.shape, generator=generator)
     _blank(pixels, current.patch_size, target, inner.facts.padding)
-    before = list(tensors(_forward(example, subject, pixels, seed)))
-    adapt(subject, target, keep="grid", kernel=method)
+    before = _forward(example, subject, inner.part, pixels, seed)
+    plan = plan_for(inner, target, keep="grid", kernel=method)
+    if plan is not None:
+        plan.apply()
     pixels = enlarge(pixels, _in_units(current.patch_size, example), _in_units(target, example), method)
     adapted = describe(subject)
     example = host(subject).example(adapted)
-    after = list(tensors(_forward(example, subject, pixels, seed)))
-    return _compare(before, after, target)
+    try:
+        after = _forward(example, subject, adapted.part, pixels, seed)
+    except AnypatchError:
+        raise
+    except Exception as error:
+        return Check(math.inf, False, 0, target, failures=(f"the adapted model fails: {error}",))
+    return _compare(before, after, _Sizes(current, adapted.geometry), target)
 
 
-def _forward(example: Any, model: nn.Module, pixels: Tensor, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # masking in masked autoencoders
-        return example.call(model, pixels)
+@dataclass
+class _Run:
+    """What a forward pass returned, and what the children of the adapted part returned on the way, by name."""
+
+    outputs: dict[str, Tensor]
+    inside: dict[str, Tensor]
 
 
-def _compare(before: list[Tensor], after: list[Tensor], target: Size) -> Check:
-    if len(before) != len(after):
-        raise UnsupportedModelError(f"the adapted model returns {len(after)} tensors, the original {len(before)}")
-    worst, compared = 0.0, 0
-    for a, b in zip(before, after, strict=True):
-        if not a.is_floating_point() or a.shape != b.shape:
-            continue
-        scale = a.abs().max().item()
-        error = (a - b).abs().max().item() / scale if scale else (b.abs().max().item())
-        worst = max(worst, error if error == error else float("inf"))
-        compared += 1
-    if not compared:
-        shapes = ", ".join(f"{tuple(a.shape)} -> {tuple(b.shape)}" for a, b in zip(before, after, strict=True))
-        raise UnsupportedModelError(f"no output keeps its shape, so nothing can be compared: {shapes}")
-    return Check(worst, worst < TOLERANCE, compared, target)
+def _forward(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor, seed: int) -> _Run:
+    inside: dict[str, Tensor] = {}
+    handles = []
+    for name, child in part.named_children():
+
+        def record(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            inside.update({f"{name}{where}": t.detach().clone() for where, t in named_tensors(output)})
+
+        handles.append(child.register_forward_hook(record))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # masking in masked autoencoders; no accelerator's generator
+            outputs = example.call(model, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Run({f"output{where}": t for where, t in named_tensors(outputs)}, inside)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The geometries between which outputs are compared."""
+
+    old: Geometry
+    new: Geometry
+
+    def ungrown(self, before: Tensor, after: Tensor) -> bool:
+        """Whether an output that was as large as the image is not as large as the new one.
+
+        A side that is also the number of tokens tells nothing: hidden states and attention maps have it, too.
+        """
+        old, new = self.old.image_size, self.new.image_size
+        if old is None or new is None or before.ndim < 3:
+            return False
+        tokens = math.prod(self.old.grid or ())
+        if old[-2] in (tokens, tokens + self.old.prefix_tokens):
+            return False
+        for start in (before.ndim - 2, before.ndim - 3) if before.ndim > 3 else (1,):  # NCHW, NHWC, NHW
+            if tuple(before.shape[start : start + 2]) == old[-2:]:
+                return tuple(after.shape[start : start + 2]) != new[-2:]
+        return False
+
+
+def _compare(before: _Run, after: _Run, sizes: _Sizes, target: Size) -> Check:
+    if before.outputs.keys() != after.outputs.keys():
+        raise UnsupportedModelError(
+            f"the adapted model returns {len(after.outputs)} tensors, the original {len(before.outputs)}"
+        )
+    worst, compared, left, failures = 0.0, 0, [], []
+    for name, a in before.outputs.items():
+        b = after.outputs[name]
+        if sizes.ungrown(a, b):
+            failures.append(
+                f"{name} {tuple(a.shape)} has the size of the image, but becomes {tuple(b.shape)} where the image "
+                f"becomes {show(sizes.new.image_size)}"
+            )
+        if a.is_floating_point() and a.shape == b.shape:
+            worst, compared = max(worst, _error(a, b)), compared + 1
+        else:
+            left.append(f"{name} {tuple(a.shape)} -> {tuple(b.shape)}")
+    if not compared:  # everything that is returned grows with the image: what it is computed from does not
+        inside = [(a, after.inside[n]) for n, a in before.inside.items() if n in after.inside]
+        errors = [_error(a, b) for a, b in inside if a.is_floating_point() and a.shape == b.shape]
+        if not errors:
+            raise UnsupportedModelError(
+                f"no output keeps its shape, so nothing can be compared: {', '.join(left) or 'there is none'}"
+            )
+        worst, compared = max(errors), len(errors)
+    passed = worst < TOLERANCE and not failures
+    return Check(worst, passed, compared, target, tuple(left), tuple(failures))
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value; NaN is infinite."""
+    if not a.numel():
+        return 0.0
+    scale = a.abs().max().item()
+    error = (a - b).abs().max().item() / scale if scale else b.abs().max().item()
+    return error if error == error else math.inf
 
 
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -175,11 +260,16 @@ def enlarge(pixels: Tensor, patch: Size, target: Size, method: Pi) -> Tensor:
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in an output, in order."""
+    return (tensor for _, tensor in named_tensors(value))
+
+
+def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in an output, in order, with where they are in it (``.logits``, ``[0]``)."""
     if isinstance(value, Tensor):
-        yield value
+        yield path, value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
+        for key, item in value.items():
+            yield from named_tensors(item, f"{path}.{key}")
     elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
+        for i, item in enumerate(value):
+            yield from named_tensors(item, f"{path}[{i}]")
