@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.adaptation import make_plan
+from anypatch.core.account import NotFiniteError
 from anypatch.core.empty import empty
 from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
@@ -75,7 +76,14 @@ def convert_file(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about heads, which are copied as they are
         model = LOADERS[library](name, checkpoint, dict(arguments))
-    plan = make_plan(model, **ask)
+    try:
+        plan = make_plan(model, **ask)
+    except NotFiniteError as error:  # said with the file's own name for it
+        address = error.tensor.untyped_storage().data_ptr()
+        for stored, tensor in checkpoint.tensors.items():
+            if tensor.numel() and tensor.untyped_storage().data_ptr() == address:
+                require_finite(source, stored, tensor)
+        raise CheckpointError(f"{source}: {error}") from error
     changed = {} if plan is None else changed_tensors(checkpoint, model, plan)
     if checkpoint.kind == "safetensors":
         header = read_header(source)

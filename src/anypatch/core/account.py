@@ -32,6 +32,14 @@ DERIVED = {
 }
 
 
+class NotFiniteError(UnsupportedModelError):
+    """A tensor that has to be resampled has NaN or infinite values, which would spread."""
+
+    def __init__(self, message: str, tensor: Tensor) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
 @dataclass(frozen=True)
 class Extra:
     """A live module, and the names in it that the twins do not speak for: attributes, parameters, buffers.
@@ -176,7 +184,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
     """Refuse to resample NaN and infinite values, which would spread.
 
     Raises:
-        UnsupportedModelError: there are some; the message names the tensor.
+        NotFiniteError: there are some; the message names the tensor.
     """
     if tensor.is_meta or not tensor.is_floating_point():
         return
@@ -185,7 +193,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = int((~finite).sum())
-        raise UnsupportedModelError(f"{name} has {bad} NaN or infinite values and has to be resampled")
+        raise NotFiniteError(f"{name} has {bad} NaN or infinite values and has to be resampled", tensor)
 
 
 # -- adapters over layers that change ----------------------------------------------------------------------------
