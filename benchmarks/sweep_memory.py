@@ -3,9 +3,8 @@
     python benchmarks/sweep_memory.py        # prints a table; seconds on one core
 
 The models at all patch sizes stand side by side while they are timed in turns. They share every parameter that does not
-follow the patch, so together they need the memory of one and the tensors that differ. Measured as the bytes of distinct
-storages of all parameters and buffers, and, for the whole process, as the largest resident size while a sweep runs over
-what it was before, less the activations of a pass (which one model needs as well).
+follow the patch, so together they need the memory of one and of the tensors that differ. Measured as the bytes of the
+distinct storages of all parameters and buffers; the activations of a pass come on top, as they do for one model.
 """
 
 from __future__ import annotations
