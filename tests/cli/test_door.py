@@ -152,7 +152,6 @@ def test_a_file_of_weights_is_not_built_without(tmp_path: Path) -> None:
         (lambda: anypatch.load("timm:test_vit", depht=1, pretrained=False), UnsupportedModelError, "'depht'"),
         (lambda: anypatch.load("torchvision:vit_b_16", weights=None, depht=1), UnsupportedModelError, "'depht'"),
         (lambda: anypatch.load("timm:vit_tiny_patch16_224.no_tag"), CheckpointError, "no_tag"),
-        (lambda: anypatch.load("timm:local-dir:/nowhere"), CheckpointError, "/nowhere"),
         (lambda: anypatch.load("transformers:/nowhere"), CheckpointError, "/nowhere"),
         (lambda: anypatch.load("diffusers:/nowhere"), CheckpointError, "/nowhere"),
         (lambda: anypatch.load("hub:/nowhere:model"), CheckpointError, "/nowhere"),
