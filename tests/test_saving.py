@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune
 import anypatch
 from anypatch import CheckpointError, UnsupportedModelError
 from anypatch.core.merging import merged
-from anypatch.files import atomic
+from anypatch.files import atomic, flushing
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -346,7 +346,7 @@ def test_a_disk_that_fails_to_flush_leaves_what_was_there(tmp_path: Path, monkey
     def failing(descriptor: int) -> None:
         raise OSError(5, "the disk is broken")
 
-    monkeypatch.setattr(atomic, "_flush", failing)
+    monkeypatch.setattr(flushing, "_flush", failing)
     with pytest.raises(CheckpointError, match="the disk is broken"):
         anypatch.save(anypatch.adapt(_tiny(), 32), tmp_path / "out")
     assert _contents(tmp_path) == before

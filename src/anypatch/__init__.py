@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anypatch.flexibility import flexible
     from anypatch.measure.sweep import SweepResult, sweep
     from anypatch.proof import Check, check
-    from anypatch.sources import load, save
+    from anypatch.sources import load, push_to_hub, save
 
 
 # Loaded on first use, so that `import anypatch` costs nothing.
@@ -35,6 +35,7 @@ _LAZY = {
     "Interpolate": "anypatch.core.kernels",
     "load": "anypatch.sources",
     "save": "anypatch.sources",
+    "push_to_hub": "anypatch.sources",
     "convert": "anypatch.conversion",
     "PixelStatistics": "anypatch.core.spectra",
     "sweep": "anypatch.measure.sweep",
@@ -76,6 +77,7 @@ __all__ = [
     "flexible",
     "geometry",
     "load",
+    "push_to_hub",
     "resize_kernel",
     "save",
     "sweep",

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from anypatch.core import history
 from anypatch.core import plan as plans
 from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike, target_geometry
@@ -61,6 +62,8 @@ def adapt(
     plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     if plan is not None:
         plan.apply()
+        done = history.step(plan.subject.geometry, plan.target, kernel, positions)
+        history.note(unwrap(model), done)
     return model
 
 

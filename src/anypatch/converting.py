@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anypatch import hosts
 from anypatch.adaptation import make_plan
+from anypatch.core import history
 from anypatch.core.account import NotFiniteError
 from anypatch.core.empty import empty
 from anypatch.core.plan import Plan
@@ -25,9 +27,11 @@ from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
 from anypatch.files.configs import read_config, read_json
+from anypatch.files.flushing import Flusher
 from anypatch.files.header import TYPE_NAMES, Entry, Header, map_tensors, read_header
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.tensors import require_finite, tensor_bytes
+from anypatch.hosts import cards
 from anypatch.hosts.architectures import infer
 from anypatch.hosts.base import plain as plain_size
 from anypatch.hosts.fitting import LOADERS, open_clip_from_config, transformers_class
@@ -190,11 +194,11 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
         raise CheckpointError(f"{target} and {source} lie within one another")
     config = read_config(source / "config.json") if (source / "config.json").is_file() else {}
     if (source / OPEN_CLIP[0]).is_file():
-        texts, headers, values = _open_clip(source, ask)
+        texts, headers, values = _open_clip(source, target, ask)
     elif isinstance(config.get("architecture"), str):
-        texts, headers, values = _timm(source, config, ask)
+        texts, headers, values = _timm(source, target, config, ask)
     elif "model_type" in config or "architectures" in config:
-        texts, headers, values = _transformers(source, config, ask)
+        texts, headers, values = _transformers(source, target, config, ask)
     else:
         raise CheckpointError(
             f"{source} is in no format that converts: no open_clip_config.json, and no config.json with model_type "
@@ -207,7 +211,7 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
     with (
         _progress(target.name, total) as progress,
         atomic.replacing_directory(target) as place,
-        atomic.Flusher(target) as flusher,
+        Flusher(target) as flusher,
     ):
         for shard, header in headers.items():
             mine = {name: value for name, value in values.items() if name in header.entries}
@@ -303,7 +307,7 @@ def _stored(headers: Mapping[str, Header], name: str) -> Tensor:
 # -- transformers ------------------------------------------------------------------------------------------
 
 
-def _transformers(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converted:
+def _transformers(source: Path, target: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converted:
     headers, index = read_shards(source)
     try:
         kind, config = transformers_class(str(source))
@@ -339,6 +343,7 @@ def _transformers(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> 
             if (source / name).is_file():
                 read_json(source / name)  # or its error
         texts |= processors.texts(source, plan.subject.geometry, plan.target)
+        texts |= _card(plan, model, source, target, ask)
     if index is not None:
         texts[INDEX] = _dump(_reindexed(index, entries, values))
     return texts, headers, values
@@ -416,7 +421,7 @@ def _plain(value: Any) -> Any:
 # -- timm and open_clip ------------------------------------------------------------------------------------
 
 
-def _timm(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converted:
+def _timm(source: Path, target: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converted:
     headers, _ = read_shards(source)
     if list(headers) != [SINGLE]:
         raise CheckpointError(f"{source}: timm reads {SINGLE} only, not shards")
@@ -439,7 +444,7 @@ def _timm(source: Path, raw: dict[str, Any], ask: Mapping[str, Any]) -> Converte
         if size is not None and (size != old[key] or key in arguments):
             arguments[key] = plain_size(size)
     text["model_args"] = _plain(arguments)
-    return {"config.json": _dump(text)}, headers, values
+    return {"config.json": _dump(text), **_card(plan, model, source, target, ask)}, headers, values
 
 
 def _timm_config(model: nn.Module) -> dict[str, Any]:
@@ -452,7 +457,7 @@ def _timm_config(model: nn.Module) -> dict[str, Any]:
         return read_config(path)
 
 
-def _open_clip(source: Path, ask: Mapping[str, Any]) -> Converted:
+def _open_clip(source: Path, target: Path, ask: Mapping[str, Any]) -> Converted:
     raw = read_json(source / OPEN_CLIP[0])
     require_safe(source)
     cfg = raw.get("model_cfg")
@@ -474,7 +479,14 @@ def _open_clip(source: Path, ask: Mapping[str, Any]) -> Converted:
     text["model_cfg"]["vision_cfg"]["image_size"] = plain_size(plan.target.image_size)
     if isinstance(text.get("preprocess_cfg"), dict) and "size" in text["preprocess_cfg"]:
         text["preprocess_cfg"]["size"] = plain_size(plan.target.image_size)
-    return {OPEN_CLIP[0]: _dump(text)}, headers, values
+    return {OPEN_CLIP[0]: _dump(text), **_card(plan, model, source, target, ask)}, headers, values
+
+
+def _card(plan: Plan, model: nn.Module, source: Path, target: Path, ask: Mapping[str, Any]) -> dict[str, str]:
+    old = plan.subject.geometry
+    step = history.step(old, plan.target, ask["kernel"], ask["positions"])
+    library = hosts.library(old.library)
+    return cards.card(library.name, library.version, type(model).__name__, (step,), source, target)
 
 
 # -- progress ----------------------------------------------------------------------------------------------

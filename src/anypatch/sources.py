@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from anypatch import hosts
 from anypatch.adaptation import adapt, host
+from anypatch.core import history
+from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.merging import merged
 from anypatch.core.tables import PositionsLike
@@ -18,7 +21,7 @@ from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
 from anypatch.files.configs import read_json
-from anypatch.hosts import door
+from anypatch.hosts import cards, door
 from anypatch.hosts.folders import replaced_names
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,6 +95,7 @@ def load(
         GeometryError: sizes that do not fit.
     """
     model = _load(str(source), host_kwargs)
+    history.note_origin(unwrap(model), str(source))
     if patch_size is not None or image_size is not None:
         adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     return model
@@ -191,7 +195,8 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     The directory is built beside its place, held against what the host library would build from it, and put in place
     whole: whatever happens before leaves what was there. A model that is there is replaced, in whatever library's
     format; all other files stay. Adapters of PEFT are merged, parametrised weights computed, in what is written; the
-    live model is left alone.
+    live model is left alone. An adapted model gets a card: what it was, what it became, how, with which version; the
+    card of the directory that it was loaded from comes along.
 
     Args:
         model: any model that :func:`anypatch.adapt` takes.
@@ -206,11 +211,92 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     from safetensors import SafetensorError
 
     path = Path(directory)
+    hub = _for_hub(extras)
     library = host(model)
     inner = merged(standing(model))
+    source, steps = history.origin(unwrap(model)), history.steps(unwrap(model))
     replaced = replaced_names(path, library.name)
     with atomic.replacing_directory(path, replaced, parents=True) as place:
         try:
             library.save(inner, place, path, **extras)
         except SafetensorError as error:  # a full disk, too
             raise CheckpointError(f"cannot write {path}: {error}") from error
+        kept = cards.own_card(source)
+        if kept is not None and not (place / cards.CARD).exists():
+            atomic.copy_whole(kept, place / cards.CARD)
+        for name, text in cards.card(library.name, library.version, type(inner).__name__, steps, source, path).items():
+            (place / name).write_text(text, encoding="utf-8")
+    if hub is not None:
+        _upload(path, str(hub.pop("repo_id", None) or path.name), **hub)
+
+
+def _for_hub(extras: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``push_to_hub=True`` asks for: the library itself would name the repository after where it writes."""
+    options: dict[str, Any] = {
+        name: extras.pop(name) for name in ("repo_id", "private", "commit_message", "token") if name in extras
+    }
+    if extras.pop("push_to_hub", False):
+        return options
+    extras.update(options)
+    return None
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    **extras: Any,
+) -> str:
+    """Save a model as :func:`save` does, and upload the directory to the Hugging Face Hub.
+
+    Args:
+        model: any model that :func:`save` takes.
+        repo_id: ``owner/name``; made if it is not there.
+        private: whether a repository that is made is private.
+        revision: the branch; the main one if it is not given.
+        commit_message: of the upload.
+        token: to write with; the one that ``hf auth login`` keeps if it is not given.
+        endpoint: of another hub than the usual one.
+        **extras: as for :func:`save`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UnsupportedModelError: as for :func:`save`, or huggingface_hub is not installed.
+        CheckpointError: the hub refuses, or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        save(model, folder, **extras)
+        return _upload(folder, repo_id, private, revision, commit_message, token, endpoint)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> str:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"uploading needs huggingface_hub installed: pip install huggingface_hub ({error})"
+        ) from error
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        message = commit_message or "Upload a model at another geometry, by anypatch"
+        done = api.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message)
+    except Exception as error:  # the hub's own errors, and those of the connection below it
+        raise CheckpointError(f"cannot upload to {repo_id}: {type(error).__name__}: {error}") from error
+    return str(done.commit_url)

@@ -27,11 +27,11 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import BinaryIO
 
 from anypatch.errors import CheckpointError
+from anypatch.files.flushing import Flusher, flush_directory, flush_path, flush_tree
 
 try:
     import fcntl
@@ -71,7 +71,7 @@ def replacing_file(target: Path) -> Iterator[BinaryIO]:
             flusher.add(file)
         _keep_mode(target, stage / NEW)
         (stage / NEW).replace(target)
-        _flush_directory(target.parent)
+        flush_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ def replacing_directory(target: Path, replaced: Replaced = lambda name: True, pa
             if target.is_dir():
                 flush_tree(stage / NEW)
             _put(stage, target, replaced)
-            _flush_directory(target.parent)
+            flush_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -253,13 +253,13 @@ def _move_in(stage: Path, target: Path, replaced: Replaced) -> None:
     new = sorted((entry.name for entry in (stage / NEW).iterdir()), key=_configurations_last)
     (stage / OLD).mkdir()
     (stage / PLAN).write_text(json.dumps(new), encoding="utf-8")
-    _flush_path(stage / PLAN)
+    flush_path(stage / PLAN)
     leaving = [e.name for e in target.iterdir() if e != stage and (e.name in new or replaced(e.name))]
     for name in sorted(leaving, key=_configurations_last, reverse=True):
         (target / name).rename(stage / OLD / name)
     for name in new:
         (stage / NEW / name).rename(target / name)
-    _flush_directory(target)
+    flush_directory(target)
     (stage / DONE).touch()
 
 
@@ -386,68 +386,3 @@ def copy_whole(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
     else:
         shutil.copyfile(source, target)
-
-
-# -- onto the disk -----------------------------------------------------------------------------------------
-
-
-class Flusher:
-    """Flushes files that are complete to the disk, in threads, while the next ones are written.
-
-    The block ends when all are flushed. Where nothing is replaced there is nothing to lose, and files are left to the
-    operating system's own time, as ``cp`` does.
-
-    Args:
-        replaced: what the files will replace.
-
-    Raises:
-        OSError: one could not be flushed, at the end of the block.
-    """
-
-    def __init__(self, replaced: Path) -> None:
-        self._needed = replaced.exists()
-        self._pool = ThreadPoolExecutor(2)
-        self._running: list[Future[None]] = []
-
-    def __enter__(self) -> Flusher:
-        return self
-
-    def add(self, file: IO[Any]) -> None:
-        """Flush a file, which may be closed meanwhile."""
-        file.flush()
-        if self._needed:
-            self._running.append(self._pool.submit(_flush, os.dup(file.fileno())))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=True)
-        for flushed in self._running if kind is None else ():
-            flushed.result()
-
-
-def flush_tree(place: Path) -> None:
-    """Flush every file under a directory, and the directories.
-
-    Raises:
-        OSError: one could not be flushed.
-    """
-    for root, _, names in os.walk(place):
-        for name in names:
-            if not os.path.islink(os.path.join(root, name)):
-                _flush_path(Path(root, name))
-        _flush_directory(Path(root))
-
-
-def _flush_path(path: Path) -> None:
-    _flush(os.open(path, os.O_RDONLY))
-
-
-def _flush(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot
-        _flush_path(path)

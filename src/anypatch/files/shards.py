@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from anypatch.errors import CheckpointError
-from anypatch.files.atomic import Flusher
+from anypatch.files.flushing import Flusher
 from anypatch.files.header import BITS, Header
 
 CHUNK = 8 << 20
