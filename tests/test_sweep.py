@@ -578,7 +578,7 @@ def test_two_processes_give_the_same_numbers(tmp_path: Path) -> None:
     for name, prefix in (("one", []), ("two", launch)):
         ran = run(prefix, "4,16", tmp_path / name)
         assert ran.returncode == 0, ran.stderr[-3000:]
-        assert ran.stdout.count("report:") == 1
+        assert ran.stdout.count("patch_size\t") == 1  # the table's head, plain in a pipe
         assert ran.stderr.count("cannot be read") == 1
         found[name] = json.loads((tmp_path / name / "sweep.json").read_text())
     assert found["two"]["settings"]["processes"] == 2
@@ -587,5 +587,6 @@ def test_two_processes_give_the_same_numbers(tmp_path: Path) -> None:
         assert untimed(one) == untimed(two)
     wrong = run([], "5,16", tmp_path / "wrong")
     assert wrong.returncode == 2
-    assert wrong.stderr.strip().startswith("error: patch_size 5")
-    assert wrong.stderr.strip().count("\n") == 0
+    said = [line for line in wrong.stderr.splitlines() if not line.startswith("loading ")]  # a slow machine's progress
+    assert said[0].startswith("error: patch_size 5")
+    assert len(said) == 1
