@@ -10,8 +10,10 @@ from torch import nn
 from anypatch.core import history
 from anypatch.core import plan as plans
 from anypatch.core.adapters import unwrap
+from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike, target_geometry
 from anypatch.core.kernels import as_method
+from anypatch.core.placement import require_unsharded
 from anypatch.core.plan import Plan
 from anypatch.core.tables import ANTIALIASED, PositionsLike
 from anypatch.core.twins import Subject
@@ -59,11 +61,12 @@ def adapt(
         UnsupportedModelError: the model cannot be adapted; the message names the layer and why.
         When it raises, the model is what it was.
     """
-    plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
-    if plan is not None:
-        plan.apply()
-        done = history.step(plan.subject.geometry, plan.target, kernel, positions)
-        history.note(unwrap(model), done)
+    with undisturbed():
+        plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+        if plan is not None:
+            plan.apply()
+            done = history.step(plan.subject.geometry, plan.target, kernel, positions)
+            history.note(unwrap(model), done)
     return model
 
 
@@ -80,7 +83,9 @@ def make_plan(
     require_no_view(model)
     as_method(kernel)
     _require_positions(positions)
-    return plan_for(describe(model), patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+    with undisturbed():
+        require_unsharded(unwrap(model))
+        return plan_for(describe(model), patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
 
 
 def plan_for(

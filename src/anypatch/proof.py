@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.adaptation import describe, host, plan_for
+from anypatch.core.ambient import undisturbed
 from anypatch.core.display import facts_table
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
+from anypatch.core.modes import on_its_own
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
@@ -68,6 +70,7 @@ class Check:
         return facts_table("Check", facts)
 
 
+@undisturbed()
 @torch.no_grad()
 def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     """Prove that adapting ``model`` to a larger ``patch_size`` preserves what it computes.
@@ -103,9 +106,9 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     randomise(subject, generator)
     inner = describe(subject)
     example = host(subject).example(inner)
-    pixels = torch.randn(example.shape, generator=generator)
+    pixels = torch.randn(example.shape, generator=generator, dtype=torch.float32)
     _blank(pixels, current.patch_size, target, inner.facts.padding)
-    before = _forward(example, subject, inner.part, pixels, seed)
+    before = _forward(example, subject, inner.part, pixels)
     plan = plan_for(inner, target, keep="grid", kernel=method)
     if plan is not None:
         plan.apply()
@@ -113,7 +116,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     adapted = describe(subject)
     example = host(subject).example(adapted)
     try:
-        after = _forward(example, subject, adapted.part, pixels, seed)
+        after = _forward(example, subject, adapted.part, pixels)
     except AnypatchError:
         raise
     except Exception as error:
@@ -129,7 +132,7 @@ class _Run:
     inside: dict[str, Tensor]
 
 
-def _forward(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor, seed: int) -> _Run:
+def _forward(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor) -> _Run:
     inside: dict[str, Tensor] = {}
     handles = []
     for name, child in part.named_children():
@@ -139,8 +142,7 @@ def _forward(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor
 
         handles.append(child.register_forward_hook(record))
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # masking in masked autoencoders; no accelerator's generator
+        with on_its_own():  # masking in masked autoencoders draws the same twice, and nobody else's numbers
             outputs = example.call(model, pixels)
     finally:
         for handle in handles:

@@ -25,6 +25,7 @@ from anypatch.core.diff import (
     require_projection,
 )
 from anypatch.core.geometry import Geometry
+from anypatch.core.placement import Touched, kept, require_movable
 from anypatch.core.roles import Case, Role, role_of
 from anypatch.core.tables import ANTIALIASED, Sampling
 from anypatch.core.twins import Subject, build_twins
@@ -74,11 +75,19 @@ class SetParameter:
 
         def undo() -> None:
             parameter.grad = None
+            if parameter.dtype == data.dtype and parameter.shape != data.shape and not data.is_meta:
+                other = torch.float16 if data.dtype != torch.float16 else torch.float32
+                parameter.data = torch.empty(0, dtype=other, device=data.device)
             parameter.data = data
             parameter.grad = grad
 
         parameter.grad = None
         try:
+            if parameter.shape != self.data.shape and not parameter.is_meta:
+                # A graph that is still alive holds the node that accumulates this parameter's gradient, with the old
+                # shape; torch makes a new one where the dtype changes.
+                other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+                parameter.data = torch.empty(0, dtype=other, device=parameter.device)
             parameter.data = self.data
         except BaseException:
             undo()
@@ -241,8 +250,19 @@ class _Binder:
         self._follow_references()
         if self.subject.finish is not None:
             self.attributes += [SetAttribute(*entry) for entry in self.subject.finish(self.target)]
+        self._require_movable()
         steps: list[Step] = [*self.modules, *self.parameters.values(), *self.buffers, *self.attributes]
         return Plan(self.subject, self.target, self.changes, steps)
+
+    def _require_movable(self) -> None:
+        root = self.subject.wrapper if self.subject.wrapper is not None else self.subject.model
+        touched = []
+        for path, module in root.named_modules():
+            places = [(n, p) for n, p in module._parameters.items() if p is not None and id(p) in self.parameters]
+            changed = {step.name for step in self.buffers if step.module is module}
+            places += [(n, b) for n, b in module._buffers.items() if b is not None and n in changed]
+            touched += [Touched(f"{path}.{name}" if path else name, module, tensor) for name, tensor in places]
+        require_movable(root, touched)
 
     def _require_projection_found(self) -> None:
         """The layer that the patch changes in the twins has to be there in the live model."""
@@ -300,6 +320,8 @@ class _Binder:
                 )
             else:
                 continue  # its value does not come from the geometry (drawn at random, or loaded)
+            if value is not None and current is not None:
+                value = kept(value, current)
             self.buffers.append(SetBuffer(live, edit.name, value, edit.persistent))
             self.changes.append(Change(edit.full, "buffer", _brief(a), _brief(b)))
 
@@ -351,7 +373,7 @@ def _resampled(case: Case, tensor: Tensor) -> tuple[Role, Tensor]:
     require_finite(case.name, tensor)
     role = role_of(case)
     with torch.no_grad():
-        return role, role.apply(tensor.detach())
+        return role, kept(role.apply(tensor.detach()), tensor)
 
 
 def _live_case(case: Case, parameter: Tensor) -> Case:
@@ -379,7 +401,24 @@ def _follows(live: Tensor, old: Tensor) -> bool:
     if not live.is_floating_point():
         return torch.equal(live, reference)
     tolerance = 1e-6 if live.dtype in (torch.float32, torch.float64) else 2e-2
-    return torch.allclose(live.double(), reference.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    if torch.allclose(live.double(), reference.double(), rtol=tolerance, atol=tolerance, equal_nan=True):
+        return True
+    return any(_rounded(live, reference, dtype) for dtype in ROUNDINGS)
+
+
+# What models are kept in for a while: half precision, bfloat16, and the float8 kinds that torch converts everywhere.
+ROUNDINGS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _rounded(live: Tensor, table: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``live`` is ``table`` after it went through ``dtype``: made of numbers that ``dtype`` has, and no further
+    from the table than one step of it, as the table may have been computed on another device."""
+    if not torch.equal(torch.nan_to_num(live.to(dtype).to(live.dtype)), torch.nan_to_num(live)):
+        return False
+    info = torch.finfo(dtype)
+    least = info.smallest_normal * info.eps  # the step below the smallest normal number
+    there, here = table.double().clamp(info.min, info.max), live.double().clamp(info.min, info.max)
+    return torch.allclose(here, there, rtol=info.eps, atol=least, equal_nan=True)
 
 
 def _reference(module: nn.Module, model: nn.Module, new: Tensor) -> Tensor:

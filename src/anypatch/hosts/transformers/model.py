@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import inspect
 import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from anypatch.core.geometry import Geometry, Size, show
@@ -313,11 +313,7 @@ def build_unchecked(vision: Vision, geometry: Geometry, current: Geometry) -> nn
 
 def make(cls: type[nn.Module], config: Any) -> nn.Module:
     """A model of a configuration, without transformers' own initialisation."""
-    try:
-        initialization = importlib.import_module("transformers.initialization")
-    except ImportError:  # transformers 4
-        initialization = importlib.import_module("transformers.modeling_utils")
-    with initialization.no_init_weights():
+    with torch.device("meta"):  # says to transformers' constructors that there is nothing to initialise
         return cls(config)
 
 

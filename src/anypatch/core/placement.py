@@ -1,0 +1,172 @@
+"""Where a live model's tensors lie and who else holds them: what cannot be exchanged there is refused by name."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anypatch.errors import UnsupportedModelError
+
+# Wrappers that took addresses or shapes of the parameters when they were made, and what to do instead.
+WRAPPERS = {
+    "DistributedDataParallel": "its gradient buckets keep the old shapes: adapt the model inside it, then wrap it",
+    "FullyShardedDataParallel": "its flat parameters keep the old shapes: adapt the model inside it, then wrap it",
+}
+SHARDED = "adapt the model, then shard it"
+
+
+@dataclass(frozen=True)
+class Touched:
+    """A parameter or buffer that will change, and where it is."""
+
+    name: str
+    module: nn.Module
+    tensor: Tensor
+
+
+def require_unsharded(model: nn.Module) -> None:
+    """A model that was sharded as a whole is no longer its own class, and cannot be copied: said before all else.
+
+    Raises:
+        UnsupportedModelError: names how it is sharded and in which order things work.
+    """
+    for kind in type(model).__mro__:
+        if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") and kind.__module__.startswith("torch."):
+            raise UnsupportedModelError(f"the model is sharded ({type(model).__name__}): {SHARDED}")
+
+
+def require_movable(root: nn.Module, touched: list[Touched]) -> None:
+    """Nobody but the model itself may hold what changes, and it has to be here whole.
+
+    Raises:
+        UnsupportedModelError: names the tensor, who holds it, and in which order things work.
+    """
+    ids = {id(item.tensor) for item in touched}
+    for path, module in root.named_modules():
+        why = WRAPPERS.get(type(module).__name__)
+        if why is not None and any(id(p) in ids for p in module.parameters()):
+            raise UnsupportedModelError(f"{path or 'the model'} is a {type(module).__name__}, and {why}")
+    hooked = list(_hooked(root))
+    for item in touched:
+        _require_whole(item)
+        if item.tensor.is_meta and any(item.module in above for above, _ in hooked):
+            raise UnsupportedModelError(
+                f"{item.name} is offloaded, a hook puts it in place when the layer runs: {ADVICE}"
+            )
+        for above, kind in hooked:
+            if kind == "copies" and item.module in above:
+                raise UnsupportedModelError(
+                    f"{item.name} is offloaded, its group keeps a copy of it elsewhere: {ADVICE}"
+                )
+    _require_own(root, touched)
+
+
+ADVICE = "adapt the model before offloading it (before device_map, dispatch_model, cpu_offload or disk_offload)"
+
+
+def _require_whole(item: Touched) -> None:
+    """The tensor is no shard of a larger one."""
+    if hasattr(item.tensor, "device_mesh") and hasattr(item.tensor, "placements"):
+        raise UnsupportedModelError(
+            f"{item.name} is sharded over a device mesh ({type(item.tensor).__name__}): {SHARDED}"
+        )
+    if getattr(item.tensor, "_is_flat_param", False):
+        raise UnsupportedModelError(f"{item.name} is a flat parameter of several layers: {SHARDED}")
+
+
+def _hooked(root: nn.Module) -> Iterator[tuple[set[nn.Module], str]]:
+    """(modules, kind) for every module with a hook that may exchange its tensors when it runs."""
+    for module in root.modules():
+        if "_hf_hook" in vars(module):  # accelerate's; the weights of children come from it, too
+            yield set(module.modules()), "loads"
+        registry = vars(module).get("_diffusers_hook")
+        if registry is not None and "group_offloading" in getattr(registry, "hooks", {}):
+            yield set(module.modules()), "copies"
+
+
+def _require_own(root: nn.Module, touched: list[Touched]) -> None:
+    """No module outside of ``root`` holds a parameter that changes, and none wraps the root for training.
+
+    Asked of Python's garbage collector, which knows every dictionary that holds an object: one pass over all objects,
+    about 50 ms for a million.
+    """
+    parameters = {id(t.tensor): t for t in touched if isinstance(t.tensor, nn.Parameter)}
+    inside = {id(module._parameters) for module in root.modules()}
+    found = _outside(parameters, inside, root)
+    if found is not None:  # perhaps only by a model that is already gone
+        gc.collect()
+        found = _outside(parameters, inside, root)
+    if found is not None:
+        raise UnsupportedModelError(found)
+
+
+def _outside(parameters: dict[int, Touched], inside: set[int], root: nn.Module) -> str | None:
+    """Why something may not change, or None."""
+    objects = [item.tensor for item in parameters.values()]
+    strangers: dict[int, tuple[dict[Any, Any], Any]] = {}
+    for holder in gc.get_referrers(*objects, root):
+        if type(holder) is not dict or id(holder) in inside:
+            continue
+        for key, value in list(holder.items()):
+            if id(value) in parameters or (value is root and key == "module"):
+                strangers[id(holder)] = (holder, value)
+    if not strangers:
+        return None
+    for owner in _owners([holder for holder, _ in strangers.values()]):
+        for kind, held in ((owner._parameters, True), (owner._modules, False)):
+            if id(kind) not in strangers:
+                continue
+            value = strangers[id(kind)][1]
+            if held:
+                return (
+                    f"{parameters[id(value)].name} is also a parameter of a {type(owner).__name__} outside of the "
+                    f"model, which would change with it: adapt a copy (copy.deepcopy), or the model that holds both"
+                )
+            why = WRAPPERS.get(type(owner).__name__)
+            if why is not None:
+                return f"the model is inside a {type(owner).__name__}, and {why}"
+    return None
+
+
+def _owners(holders: Iterable[dict[Any, Any]]) -> list[nn.Module]:
+    """The modules whose parameters or children are kept in these dictionaries."""
+    holders = list(holders)
+    wanted = {id(holder) for holder in holders}
+    found: dict[int, nn.Module] = {}
+    states = [s for s in gc.get_referrers(*holders) if isinstance(s, (dict, nn.Module))]
+    candidates = [s for s in states if isinstance(s, nn.Module)]
+    dictionaries = [s for s in states if type(s) is dict and s.keys() >= {"_parameters", "_modules"}]
+    if dictionaries:
+        candidates += [m for m in gc.get_referrers(*dictionaries) if isinstance(m, nn.Module)]
+    for module in candidates:
+        if {id(module._parameters), id(module._modules)} & wanted:
+            found[id(module)] = module
+    return list(found.values())
+
+
+def kept(new: Tensor, live: Tensor) -> Tensor:
+    """``new`` in the memory format that ``live`` has, and in shared memory if it is, and no inference tensor."""
+    if live.is_meta or new.is_meta:
+        return new
+    if new.is_inference() or new.untyped_storage().data_ptr() == live.untyped_storage().data_ptr():
+        new = new.clone()
+    form = _format(live)
+    if form is not None and new.ndim == live.ndim:
+        new = new.contiguous(memory_format=form)
+    if live.device.type == "cpu" and live.is_shared() and not new.is_shared():
+        new = new.contiguous(memory_format=form or torch.contiguous_format).share_memory_()
+    return new
+
+
+def _format(live: Tensor) -> torch.memory_format | None:
+    if live.is_contiguous():
+        return torch.contiguous_format
+    for ndim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if live.ndim == ndim and live.is_contiguous(memory_format=form):
+            return form
+    return None

@@ -1,0 +1,419 @@
+"""What happens around a call changes nothing in its result, and the call changes nothing around it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anypatch
+from anypatch.core import modes
+from anypatch.errors import UnsupportedModelError
+from anypatch.inspection import inspect
+
+timm = pytest.importorskip("timm")
+
+
+def vit(**kwargs: object) -> nn.Module:
+    torch.manual_seed(1)
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, **kwargs)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {**model.state_dict(), **dict(model.named_buffers())}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    x, y = state(a), state(b)
+    return x.keys() == y.keys() and all(x[n].dtype == y[n].dtype and torch.equal(x[n], y[n]) for n in x)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "meta device": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "deterministic": deterministic,
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "absolute": vit,
+    "rotary": lambda: timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1),
+    "relative": lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(1, 1)),
+    "continuous": lambda: timm.create_model("swinv2_tiny_window8_256", img_size=64, window_size=8, depths=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("around", AMBIENT)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_result_is_the_same_under(around: str, kind: str) -> None:
+    model = MODELS[kind]()
+    other = copy.deepcopy(model)
+    ask = {"patch_size": 8 if kind in ("relative", "continuous") else 28, "keep": "grid"}
+    anypatch.adapt(model, **ask)
+    with AMBIENT[around]():
+        anypatch.adapt(other, **ask)
+    assert same(model, other)
+    assert not any(t.is_inference() for t in state(other).values())
+    image = tuple(anypatch.geometry(other).image_size)
+    other(torch.randn(2, 3, *image)).sum().backward()
+
+
+@pytest.mark.parametrize("around", AMBIENT)
+def test_check_says_the_same_under(around: str) -> None:
+    model = vit()
+    expected = anypatch.check(model, 32)
+    with AMBIENT[around]():
+        found = anypatch.check(model, 32)
+    assert found == expected
+
+
+def test_random_states_are_left_alone() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1,
+                                       num_attention_heads=2, intermediate_size=32, decoder_hidden_size=32,
+                                       decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+                                       decoder_intermediate_size=32)  # fmt: skip
+    model = transformers.ViTMAEForPreTraining(config)
+    before = torch.get_rng_state()
+    assert anypatch.check(model, 16).passed  # masks at random
+    anypatch.adapt(model, 16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_drawn_on_its_own_are_the_same_each_time() -> None:
+    def draw() -> list[Tensor]:
+        with modes.on_its_own():
+            a = [torch.rand(3), torch.randn(2), torch.randperm(5), torch.empty(3).uniform_(), torch.randint(9, (3,))]
+            return [*a, torch.bernoulli(torch.full((4,), 0.5)), torch.nn.functional.dropout(torch.ones(8))]
+
+    before = torch.get_rng_state()
+    first = draw()
+    assert all(torch.equal(a, b) for a, b in zip(first, draw(), strict=True))
+    assert not torch.equal(first[0], first[3])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- what the model's tensors went through before ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("kind", ["rotary", "relative", "continuous"])
+def test_computed_tables_are_computed_anew_whatever_they_were_rounded_to(dtype: torch.dtype, kind: str) -> None:
+    model = MODELS[kind]()
+    cast = copy.deepcopy(model).to(dtype).float()
+    ask = {"image_size": 112 if kind != "continuous" else 128}
+    anypatch.adapt(model, **ask)
+    anypatch.adapt(cast, **ask)
+    tables, found = dict(model.named_buffers()), dict(cast.named_buffers())
+    assert tables.keys() == found.keys()
+    for name, table in tables.items():
+        exact = table.to(dtype).float() if table.is_floating_point() else table
+        assert torch.equal(found[name], table) or torch.equal(found[name], exact), name
+
+
+def test_rounded_twice() -> None:
+    model = MODELS["rotary"]()
+    cast = copy.deepcopy(model).half().bfloat16().float()
+    anypatch.adapt(model, image_size=112)
+    anypatch.adapt(cast, image_size=112)
+    assert torch.equal(model.rope.pos_embed, cast.rope.pos_embed)
+
+
+def test_a_trained_table_in_a_buffer_is_resampled_still() -> None:
+    model = MODELS["rotary"]()
+    trained = model.rope.pos_embed * 1.05  # no rounding explains it
+    model.rope.pos_embed = trained.clone()
+    expected = copy.deepcopy(model)
+    anypatch.adapt(expected, image_size=112)
+    fresh = MODELS["rotary"]()
+    anypatch.adapt(fresh, image_size=112)
+    assert not torch.allclose(expected.rope.pos_embed, fresh.rope.pos_embed)
+
+
+# -- graphs, memory formats, shared memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_graph_that_is_still_alive_does_not_matter(dtype: torch.dtype) -> None:
+    model = vit().to(dtype)
+    loss = model(torch.randn(2, 3, 64, 64, dtype=dtype)).sum()
+    loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    anypatch.adapt(model, 32, image_size=192)
+    model(torch.randn(2, 3, 192, 192, dtype=dtype)).sum().backward()
+    weight = model.patch_embed.proj.weight
+    assert weight.grad is not None
+    assert weight.grad.shape == weight.shape == (192, 3, 32, 32)
+    assert any(p is weight for group in optimizer.param_groups for p in group["params"])
+    assert loss.grad_fn is not None
+
+
+def test_an_error_while_a_graph_is_alive_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anypatch.core import plan as plans
+
+    model = vit()
+    loss = model(torch.randn(2, 3, 64, 64)).sum()
+
+    def fail(self: object) -> None:
+        raise OSError("no more")
+
+    before = copy.deepcopy(model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.SetAttribute, "apply", fail)
+        with pytest.raises(OSError, match="no more"):
+            anypatch.adapt(model, 32)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert loss.grad_fn is not None
+
+
+def test_channels_last_is_kept() -> None:
+    model = vit().to(memory_format=torch.channels_last)
+    plain = vit()
+    for m in (model, plain):
+        anypatch.adapt(m, 32)
+    weight = model.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert torch.equal(weight, plain.patch_embed.proj.weight)
+
+
+def test_shared_memory_is_kept() -> None:
+    model = vit().share_memory()
+    anypatch.adapt(model, 32)
+    assert all(p.is_shared() for p in model.parameters())
+    assert not any(p.is_shared() for p in vit().parameters())
+
+
+# -- who else holds a parameter ----------------------------------------------------------------------------
+
+
+def test_a_parameter_of_another_model_is_not_changed_under_it() -> None:
+    teacher, student = vit(), vit()
+    student.patch_embed.proj.weight = teacher.patch_embed.proj.weight
+    before = teacher.patch_embed.proj.weight.detach().clone()
+    with pytest.raises(
+        UnsupportedModelError, match=r"patch_embed\.proj.weight is also a parameter of a Conv2d outside"
+    ):
+        anypatch.adapt(student, 32)
+    assert torch.equal(teacher.patch_embed.proj.weight, before)
+    assert student.patch_embed.proj.kernel_size == (16, 16)
+    anypatch.adapt(copy.deepcopy(student), 32)
+
+
+def test_a_model_inside_a_larger_one_that_shares_the_table_with_a_sibling() -> None:
+    whole = nn.ModuleDict({"encoder": vit(), "decoder": nn.Module()})
+    whole["decoder"].pos = whole["encoder"].pos_embed
+    with pytest.raises(UnsupportedModelError, match="pos_embed is also a parameter of a Module outside"):
+        anypatch.adapt(whole["encoder"], image_size=128)
+
+
+def test_who_else_may_hold_the_model() -> None:
+    model = vit()
+    gone = vit()
+    gone.patch_embed.proj.weight = model.patch_embed.proj.weight
+    gone.myself = [gone]  # a cycle: alive until it is collected
+    del gone
+    holder = nn.Sequential(nn.Identity(), model)
+    shallow = copy.copy(model)
+    everything = [model, dict(model.named_parameters()), list(model.parameters())]
+    optimizer = torch.optim.AdamW(model.parameters())
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    weight = model.patch_embed.proj.weight
+    anypatch.adapt(model, 32)
+    assert weight.shape[-1] == 32
+    assert holder[1].patch_embed.proj.weight is weight
+    assert averaged.module.patch_embed.proj.weight.shape[-1] == 16
+    assert all(holder is not None for holder in (everything, optimizer, shallow))
+
+
+def test_blocks_that_share_parameters_with_each_other_stay_tied() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7, depths=(2, 1))
+    first, second = (block.attn for block in model.layers[0].blocks)
+    second.relative_position_bias_table = first.relative_position_bias_table
+    anypatch.adapt(model, image_size=112)
+    assert second.relative_position_bias_table is first.relative_position_bias_table
+
+
+# -- offloaded and distributed weights ---------------------------------------------------------------------
+
+
+def vit_model() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(image_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                    intermediate_size=64)  # fmt: skip
+    return transformers.ViTModel(config).eval()
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "device_map"])
+def test_offloaded_weights_are_refused(how: str, tmp_path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = vit_model()
+    if how == "cpu":
+        model = accelerate.cpu_offload(model, execution_device="cpu")
+    elif how == "disk":
+        model = accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        places = {"embeddings": "disk", "layers": "cpu", "layernorm": "cpu", "pooler": "cpu"}
+        model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    size = anypatch.geometry(model)
+    for ask in ({"image_size": (32, 128)}, {"patch_size": 32}):
+        with pytest.raises(UnsupportedModelError, match="before offloading"):
+            anypatch.adapt(model, **ask)
+    assert anypatch.geometry(model) == size
+    model(torch.randn(1, 3, 64, 64))
+
+
+def test_blocks_alone_offloaded_go_on_working() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain = vit_model()
+    model = copy.deepcopy(plain)
+    for layer in model.layers if hasattr(model, "layers") else model.encoder.layer:
+        accelerate.cpu_offload(layer, execution_device="cpu")
+    for m in (plain, model):
+        anypatch.adapt(m, 32, image_size=128)
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(plain(x).last_hidden_state, model(x).last_hidden_state)
+
+
+@pytest.fixture
+def group(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_distributed_models_are_refused(group: None) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(vit())
+    for model in (wrapped, wrapped.module, nn.Sequential(nn.Identity(), wrapped)):
+        with pytest.raises(UnsupportedModelError, match="adapt the model inside it, then wrap it"):
+            anypatch.adapt(model, 32, keep="grid")
+    wrapped(torch.randn(2, 3, 64, 64)).sum().backward()
+
+
+def test_sharded_models_are_refused_and_sharded_blocks_work(group: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    whole = fully_shard(vit(), mesh=mesh)
+    with pytest.raises(UnsupportedModelError, match="then shard it"):
+        anypatch.adapt(whole, 32, keep="grid")
+    model = vit()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    anypatch.adapt(model, 32, keep="grid")
+    model(torch.randn(2, 3, 128, 128)).sum().backward()
+
+
+# -- threads -----------------------------------------------------------------------------------------------
+
+
+def _under_load(rounds: int, tmp_path) -> None:
+    """Eight threads adapt; four build layers, load weights, draw numbers and read files; each as it would be alone."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({"weight": torch.arange(64.0).reshape(8, 8), "bias": torch.ones(8)}, tmp_path / "w.safetensors")
+    models = [vit() for _ in range(4)] + [MODELS["rotary"]() for _ in range(4)]
+    expected = []
+    for model in models:
+        alone = copy.deepcopy(model)
+        anypatch.adapt(alone, 28, keep="grid")
+        expected.append(alone)
+    faults: list[str] = []
+    stop = threading.Event()
+
+    def adapt(model: nn.Module, alone: nn.Module) -> None:
+        for _ in range(rounds):
+            copied = copy.deepcopy(model)
+            anypatch.adapt(copied, 28, keep="grid")
+            if not same(copied, alone):
+                faults.append("another result")
+
+    def build() -> None:
+        while not stop.is_set():
+            layer = nn.Linear(8, 8)
+            if layer.weight.device.type != "cpu" or not layer.weight.abs().max() > 0:
+                faults.append("built otherwise")
+            layer.load_state_dict(load_file(tmp_path / "w.safetensors"))
+            if not torch.equal(layer.weight, torch.arange(64.0).reshape(8, 8)):
+                faults.append("loaded otherwise")
+
+    def pretrained() -> None:
+        source = vit()
+        torch.save(source.state_dict(), tmp_path / "vit.pt")
+        while not stop.is_set():
+            overlay = {"file": str(tmp_path / "vit.pt")}
+            found = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, pretrained=True,
+                                      pretrained_cfg_overlay=overlay)  # fmt: skip
+            if not same(found, source):
+                faults.append("random instead of pretrained")
+
+    def draw() -> None:
+        seen = set()
+        while not stop.is_set():
+            number = torch.rand(4, dtype=torch.float64).sum().item()
+            if number in seen:
+                faults.append("a number drawn twice")
+            seen.add(number)
+
+    others = [threading.Thread(target=f) for f in (build, build, pretrained, draw)]
+    threads = [threading.Thread(target=adapt, args=pair) for pair in zip(models, expected, strict=True)]
+    for thread in (*others, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    for thread in others:
+        thread.join()
+    assert not faults, set(faults)
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_threads(tmp_path) -> None:
+    _under_load(2, tmp_path)
+
+
+@pytest.mark.slow
+def test_threads_a_thousand_rounds(tmp_path) -> None:
+    _under_load(125, tmp_path)  # by eight
+
+
+def test_draws_of_the_process_are_those_of_a_process_that_adapts_nothing() -> None:
+    model = vit()
+    torch.manual_seed(3)
+    expected = torch.rand(5)
+    torch.manual_seed(3)
+    anypatch.adapt(model, 32)
+    anypatch.check(model, 64)
+    inspect(model)
+    assert torch.equal(torch.rand(5), expected)
