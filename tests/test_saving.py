@@ -364,7 +364,7 @@ def _open_clip() -> nn.Module:
     open_clip = pytest.importorskip("open_clip")
     return open_clip.CLIP(
         embed_dim=16,
-        vision_cfg={"image_size": 64, "patch_size": 16, "width": 64, "layers": 1, "head_width": 32},
+        vision_cfg={"image_size": 64, "patch_size": 16, "width": 96, "layers": 1, "head_width": 32},
         text_cfg={"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1},
     ).eval()
 
