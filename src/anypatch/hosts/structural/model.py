@@ -30,15 +30,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anypatch.core.account import Context, Extra
+from anypatch.core.diff import AttributeEdit, ParameterEdit
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
-from anypatch.core.tables import Sampling
-from anypatch.core.twins import Subject
+from anypatch.core.tables import ANTIALIASED, Sampling
+from anypatch.core.twins import Subject, Twins
 from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example, Host, class_tokens
 from anypatch.hosts.rebuilding import contiguous
-from anypatch.hosts.structural.following import FRAME_NAMES, IMAGE_NAMES, entries, follow, ints, kinds
+from anypatch.hosts.structural.following import FRAME_NAMES, IMAGE_NAMES, PATCH_NAMES, entries, follow, ints, kinds
 from anypatch.hosts.structural.heads import pixel_heads
+from anypatch.hosts.structural.probing import require_rectangular
+from anypatch.hosts.structural.surroundings import Surroundings
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
     TIME,
@@ -54,6 +58,7 @@ from anypatch.hosts.structural.tables import (
 )
 
 NAME = "generic"
+PIXEL_CHANNELS = 4  # what an image has at most; a stem that reads more is known by cutting patches before anything else
 
 EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)
 ATTENTION = re.compile(r"attention|attn", re.I)
@@ -68,6 +73,7 @@ class Layout:
     part: str
     tables: tuple[Table, ...]
     heads: dict[str, tuple[int, str]]  # pixel heads: path -> (channels, flattening order, "" where unknown)
+    stems: tuple[str, ...]  # the stem and whatever else cuts the same patches out of pixels
 
 
 def recognises(model: nn.Module) -> bool:
@@ -133,7 +139,7 @@ def _layout(model: nn.Module) -> Layout:
         prefix = class_tokens(model.get_submodule(part))
     _require_vit(model, stem, tables)
     heads = pixel_heads(model, conv)
-    return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads)
+    return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads, _stems(model, stem))
 
 
 def _stem(model: nn.Module) -> str:
@@ -152,8 +158,7 @@ def _stem(model: nn.Module) -> str:
             f"{type(model).__name__} has no patch embedding that anypatch can find: no convolution with a kernel "
             f"(of linear layers over flattened patches the flattening order is not known)"
         )
-    pixels = [path for path, m in spatial.items() if m.in_channels <= 4] or list(spatial)
-    path = pixels[0]
+    path = _first(spatial)
     conv = spatial[path]
     padding = conv.padding if isinstance(conv.padding, str) else any(conv.padding)
     if conv.kernel_size != conv.stride or padding not in (False, "valid"):
@@ -167,12 +172,51 @@ def _stem(model: nn.Module) -> str:
         module = model.get_submodule(ancestor)
         named = EMBEDDING.search(ancestor.rpartition(".")[2]) or EMBEDDING.search(type(module).__name__)
         inside = [p for p in spatial if p.startswith(f"{ancestor}.")]
-        if named and len(inside) > 1 and _is_embedding(module):
+        if named and len(inside) > 1 and _is_embedding(module) and not _parallel([spatial[p] for p in inside]):
             raise UnsupportedModelError(
                 f"{ancestor} ({type(module).__name__}) is {len(inside)} convolutions ({', '.join(inside[:3])}): the "
                 f"stem is not one linear map per patch"
             )
     return path
+
+
+def _first(spatial: dict[str, Any]) -> str:
+    """The convolution that sees pixels: one that reads few channels, or one that cuts patches before any such."""
+    for path, conv in spatial.items():
+        if conv.in_channels <= PIXEL_CHANNELS or _cuts_patches(conv):
+            return path
+    return next(iter(spatial))
+
+
+def _cuts_patches(conv: Any) -> bool:
+    padding = conv.padding != "valid" if isinstance(conv.padding, str) else any(conv.padding)
+    return conv.kernel_size == conv.stride and not padding
+
+
+def _parallel(convs: list[Any]) -> bool:
+    """Whether convolutions cut the same patches side by side (one per group of bands), none after another."""
+    first = convs[0]
+    return all(
+        _cuts_patches(c)
+        and (c.stride, c.out_channels) == (first.stride, first.out_channels)
+        and c.in_channels != first.out_channels
+        for c in convs
+    )
+
+
+def _stems(model: nn.Module, stem: str) -> tuple[str, ...]:
+    """All convolutions that cut the stem's patches out of pixels: a second modality's, one per group of bands."""
+    first: Any = model.get_submodule(stem)
+    parent = stem.rpartition(".")[0]
+    found = []
+    for path, conv in model.named_modules():
+        if not isinstance(conv, CONVOLUTIONS) or not _cuts_patches(conv) or conv.stride != first.stride:
+            continue
+        pixels = conv.in_channels <= PIXEL_CHANNELS or conv.in_channels == first.in_channels
+        beside = path.rpartition(".")[0] == parent and conv.in_channels != first.out_channels
+        if (pixels or beside) and conv.groups == 1 and "lora_" not in path:
+            found.append(path)
+    return tuple(found)
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -242,10 +286,19 @@ def _image_from_table(model: nn.Module, stem: str, patch: Size) -> Size | None:
 def _build(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
     old = layout.geometry
     _require_explained(model, layout, geometry)
+    twin = _twin(model, layout, geometry)
+    stem: Any = model.get_submodule(layout.stem)
+    require_rectangular(lambda g: _twin(model, layout, g), stem.in_channels, old, geometry, type(model).__name__)
+    return twin
+
+
+def _twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
+    old = layout.geometry
     twin = _copy(model)
     if (geometry.patch_size, geometry.image_size) == (old.patch_size, old.image_size):
         return twin
-    _set_projection(twin, layout, geometry)
+    for path in layout.stems:
+        _set_projection(twin, path, geometry)
     if geometry.grid is not None and geometry.grid != old.grid:
         for table in layout.tables:
             _set_table(twin, model, table, old, geometry)
@@ -255,7 +308,31 @@ def _build(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
             _set_head(twin.get_submodule(path), path, channels, order, geometry)
     for path, module in twin.named_modules():
         _set_attributes(module, path, layout, geometry)
+    _set_layers(twin, model, layout, geometry)
     return twin
+
+
+def _set_layers(twin: nn.Module, model: nn.Module, layout: Layout, geometry: Geometry) -> None:
+    """Layers that bring tokens back to pixels, pool by the patch or spread over the grid, as around other models."""
+    widths = {m.normalized_shape[-1] for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    context = Context(Twins(model, twin, layout.geometry, geometry), frozenset(widths), None, ANTIALIASED)
+    rule = Surroundings(context)
+    spoken = {*layout.stems, *layout.heads}
+    extras = [
+        Extra(path, module, frozenset(), True)
+        for path, module in model.named_modules()
+        if path not in spoken and "lora_" not in path and not (layout.heads and isinstance(module, nn.PixelShuffle))
+    ]
+    for extra in extras:
+        for edit in rule.layer(extra, extras):
+            owner = twin.get_submodule(edit.path)
+            if isinstance(edit, ParameterEdit):
+                weight = owner._parameters[edit.name]
+                assert weight is not None
+                owner._parameters[edit.name] = _parameter(weight, tuple(edit.case.new_shape))
+            elif isinstance(edit, AttributeEdit):
+                vars(owner)[edit.name] = edit.after
+    rule.require_no_cascade(extras)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -283,11 +360,11 @@ def _parameter(old: Tensor, shape: Size) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=old.dtype, device="meta"), requires_grad=old.requires_grad)
 
 
-def _set_projection(twin: nn.Module, layout: Layout, geometry: Geometry) -> None:
-    stem = twin.get_submodule(layout.stem)
+def _set_projection(twin: nn.Module, path: str, geometry: Geometry) -> None:
+    stem = twin.get_submodule(path)
     assert isinstance(stem, CONVOLUTIONS)
     old = (tuple(stem.kernel_size), stem.in_channels)
-    wrapper = layout.stem.rpartition(".")[0] if layout.stem.endswith("base_layer") else layout.stem
+    wrapper = path.rpartition(".")[0] if path.endswith("base_layer") else path
     for module in twin.get_submodule(wrapper).modules():  # adapters over the projection read the same pixels
         if isinstance(module, CONVOLUTIONS) and (tuple(module.kernel_size), module.in_channels) == old:
             shape = (*module.weight.shape[:2], *geometry.patch_size)
@@ -340,6 +417,11 @@ def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry)
                 if changed is not None:
                     mapping[name] = changed
                     break
+    if not type(module).__module__.startswith("torch."):  # a padding, say, that goes with the projection
+        for name in ("kernel_size", "stride"):
+            changed = follow(vars(module).get(name), *_sizes_of_patch(old, new), f"{path}.{name}")
+            if changed is not None:
+                vars(module)[name] = changed
     if isinstance(module, nn.PixelShuffle) and module.upscale_factor == old.patch_size[-1]:
         module.upscale_factor = new.patch_size[-1]
     if isinstance(module, nn.Embedding):
@@ -350,6 +432,10 @@ def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry)
             length += math.prod(new.grid) - math.prod(old.grid or ())
             shape = (*buffer.shape[:-1], length)
             module._buffers[name] = torch.arange(length, dtype=buffer.dtype, device=buffer.device).expand(shape)
+
+
+def _sizes_of_patch(old: Geometry, new: Geometry) -> tuple[list[Any], list[Any]]:
+    return next((present, following) for names, present, following in kinds(old, new) if names is PATCH_NAMES)
 
 
 # -- what the rule does not explain ----------------------------------------------------------------------------
@@ -485,13 +571,28 @@ def example(subject: Subject) -> Example:
         host, inner = held.about
         return Example(host.example(inner).shape, _call)
     layout = _layout(model)
-    conv: Any = model.get_submodule(layout.stem)
     size = geometry.image_size
     if size is None:
         size = tuple(8 * p for p in geometry.patch_size)
     heads = list(layout.heads)
     masked = hasattr(model, "forward_encoder") and hasattr(model, "forward_decoder") and heads
-    return Example((2, conv.in_channels, *size), _masked(heads[0]) if masked else _call)
+    call = _masked(heads[0]) if masked else _call
+    return Example((2, _channels(model, layout, call, size), *size), call)
+
+
+def _channels(model: nn.Module, layout: Layout, call: Callable[[nn.Module, Tensor], Any], size: Size) -> int:
+    """Channels of the image: the stem's, or those of all stems that read it side by side."""
+    stems: list[Any] = [model.get_submodule(path) for path in layout.stems]
+    first: Any = model.get_submodule(layout.stem)
+    if len(stems) < 2:
+        return int(first.in_channels)
+    device = first.weight.device
+    try:
+        with torch.no_grad():
+            call(model, torch.zeros((1, first.in_channels, *size), device=device))
+    except Exception:
+        return sum(stem.in_channels for stem in stems)
+    return int(first.in_channels)
 
 
 def _call(model: nn.Module, pixels: Tensor) -> Any:

@@ -1,0 +1,67 @@
+"""Running an empty twin of a hand-made model: what its code takes for granted that neither names nor shapes tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anypatch.core.geometry import Geometry, show
+from anypatch.errors import AnypatchError, GeometryError
+
+
+def runs(twin: nn.Module, channels: int, geometry: Geometry) -> Exception | None:
+    """Run a twin on the meta device, where nothing is computed but shapes; the error if it fails.
+
+    The twin is used up: its buffers and plain tensors lose their values.
+    """
+    assert geometry.image_size is not None
+    twin.eval()._apply(lambda t: t.to("meta"))
+    for module in twin.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                vars(module)[name] = value.detach().to("meta")
+    call: Any = twin
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            call(torch.zeros((1, channels, *geometry.image_size)))
+    except Exception as error:
+        return error
+    return None
+
+
+def require_rectangular(
+    build: Callable[[Geometry], nn.Module], channels: int, old: Geometry, new: Geometry, name: str
+) -> None:
+    """Refuse a rectangular grid where the class takes its tables for square ones, by whatever method.
+
+    A grid of n by n + 1 tokens is never a square number, so what takes a root of it fails on it. Where the model does
+    not run on the meta device as it is, nothing can be told.
+
+    Raises:
+        GeometryError: the present model runs, and one with such a grid does not.
+    """
+    if old.grid is None or new.grid is None or len(old.patch_size) != 2:
+        return
+    if len(set(old.grid)) > 1 or len(set(new.grid)) == 1:
+        return
+    side = max(old.grid[0], 2)
+    image = tuple(count * patch for count, patch in zip((side, side + 1), old.patch_size, strict=True))
+    probe = Geometry(old.patch_size, image, old.prefix_tokens, old.library)
+    try:
+        twins = build(old), build(probe)
+    except AnypatchError:
+        return
+    if runs(twins[0], channels, old) is not None:
+        return
+    error = runs(twins[1], channels, probe)
+    if error is not None:
+        fits = math.prod(new.grid)
+        raise GeometryError(
+            f"{name} takes its position table for a square grid ({str(error).splitlines()[0]}), and "
+            f"{show(new.image_size)} at patch {show(new.patch_size)} is a {show(new.grid)} one of {fits} tokens: adapt "
+            f"to a square image"
+        )
