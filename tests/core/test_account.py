@@ -505,3 +505,13 @@ def test_altered_models(alter: Callable[[Any], Any]) -> None:
     alter(model)
     anypatch.adapt(model, 32, image_size=96)
     model(torch.randn(1, 3, 96, 96))
+
+
+@pytest.mark.parametrize(
+    ("image", "sizes"), [(112, "96x96 or 128x128"), ((64, 112), "64x96 or 64x128"), (16, "32x32 or 32x32")]
+)
+def test_a_grid_that_a_merging_layer_does_not_divide_is_refused(image: Any, sizes: str) -> None:
+    model = timm.create_model("qwen3_vit_88m_merge", depth=1, num_classes=3).eval()
+    refused(model, rf"merges 2 x 2 tokens.* such as {sizes}", error=GeometryError, image_size=image)
+    anypatch.adapt(model, image_size=96)
+    model(torch.randn(1, 3, 96, 96))

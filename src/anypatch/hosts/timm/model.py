@@ -73,6 +73,7 @@ def subject(model: Any) -> Subject:
         if stem.refusal is not None and geometry.patch_size != stem.geometry.patch_size:
             raise UnsupportedModelError(stem.refusal)
         twin = _build(model, geometry, stem)
+        _require_merged(twin, geometry)
         if not _recorded(model) and geometry == stem.geometry:
             _require_same_layout(model, twin)
         return twin
@@ -302,6 +303,23 @@ def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
             f"timm cannot build {_title(model)} with patch_size {show(geometry.patch_size)} and image_size "
             f"{show(geometry.image_size)}: {error or type(error).__name__}"
         ) from error
+
+
+def _require_merged(twin: nn.Module, geometry: Geometry) -> None:
+    """Layers that merge neighbouring tokens need a grid that they divide."""
+    grid, image = geometry.grid, geometry.image_size
+    for path, module in twin.named_modules():
+        merge = vars(module).get("merge_size")
+        if type(merge) is not int or grid is None or image is None or not any(side % merge for side in grid):
+            continue
+        unit = tuple(patch * merge for patch in geometry.patch_size)
+        below = tuple(max(side // u, 1) * u for side, u in zip(image, unit, strict=True))
+        above = tuple(-(-side // u) * u for side, u in zip(image, unit, strict=True))
+        raise GeometryError(
+            f"{path} ({type(module).__name__}) merges {merge} x {merge} tokens, and image_size {show(image)} at "
+            f"patch_size {show(geometry.patch_size)} has {show(grid)}: use a multiple of {show(unit)}, such as {show(below)} or "
+            f"{show(above)}"
+        )
 
 
 def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
