@@ -58,8 +58,9 @@ def at_geometry(subject: Subject, target: Geometry, kernel: Any, positions: Posi
     model = subject.model
     patch, image = asked_sizes(subject.geometry, target)
     plan = make_plan(model, patch, image, kernel=kernel, positions=positions)
-    steps = [] if plan is None else plan.steps
-    follow = {id(step.parameter) for step in steps if isinstance(step, SetParameter)}
+    if plan is None:  # as it is: a copy of its own, as what follows a geometry may be held by no other model
+        return copy.deepcopy(model)
+    follow = {id(step.parameter) for step in plan.steps if isinstance(step, SetParameter)}
     copied = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in follow})
     return adapt(copied, patch, image, kernel=kernel, positions=positions)
 
