@@ -317,8 +317,8 @@ def _require_merged(twin: nn.Module, geometry: Geometry) -> None:
         above = tuple(-(-side // u) * u for side, u in zip(image, unit, strict=True))
         raise GeometryError(
             f"{path} ({type(module).__name__}) merges {merge} x {merge} tokens, and image_size {show(image)} at "
-            f"patch_size {show(geometry.patch_size)} has {show(grid)}: use a multiple of {show(unit)}, such as {show(below)} or "
-            f"{show(above)}"
+            f"patch_size {show(geometry.patch_size)} has {show(grid)}: use a multiple of {show(unit)}, "
+            f"such as {show(below)} or {show(above)}"
         )
 
 
