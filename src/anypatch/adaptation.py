@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -51,10 +52,14 @@ def adapt(
         keep: ``"image"`` keeps the image size and changes the grid; ``"grid"`` keeps the grid.
         kernel: how patch kernels are resized, as in :func:`anypatch.resize_kernel`.
         positions: how absolute position tables are resampled when the grid changes: ``"antialias"``, bicubic with
-            antialias for every library, or ``"host"``, as the model's own library does it.
+            antialias for every library, or ``"host"``, as the model's own library does it. Relative tables follow
+            where the library resamples those, and are refused where it does not.
 
     Returns:
         ``model`` itself.
+
+    Going there and back is not the identity: a smaller patch sees less than the larger one it came from. From 14 to 16
+    and back to 14 a projection is off by about half a per cent. For a third size, start from the original.
 
     Raises:
         GeometryError: sizes that do not fit; the message says which would.
@@ -100,16 +105,35 @@ def plan_for(
     """``make_plan`` for a model that has been described already."""
     method = as_method(kernel)
     _require_positions(positions)
-    target = target_geometry(subject.geometry, patch_size, image_size, keep)
+    try:
+        target = target_geometry(subject.geometry, patch_size, image_size, keep)
+    except GeometryError:
+        if patch_size is not None:
+            _require_other_patches(subject, method)
+        raise
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
-    sampling = subject.facts.sampling if positions == "host" else ANTIALIASED
-    return plans.make(subject, target, method, sampling, follow_surroundings)
+    if positions == "antialias":
+        return plans.make(subject, target, method, ANTIALIASED, follow_surroundings)
+    subject = replace(subject, facts=replace(subject.facts, host=True))
+    return plans.make(subject, target, method, subject.facts.sampling, follow_surroundings)
 
 
 def _require_positions(positions: str) -> None:
     if positions not in ("antialias", "host"):
         raise GeometryError(f"positions must be 'antialias' or 'host', not {positions!r}")
+
+
+def _require_other_patches(subject: Subject, method: Any) -> None:
+    """Of a stem that takes no other patch, that is what has to be said, before sizes are proposed that would fit.
+
+    Raises:
+        UnsupportedModelError: not even a patch twice as large, at the same grid, is possible.
+    """
+    doubled = tuple(2 * side for side in subject.geometry.patch_size)
+    with contextlib.suppress(GeometryError):
+        target = target_geometry(subject.geometry, doubled, keep="grid")
+        plans.make(subject, target, method, ANTIALIASED, follow_surroundings)
 
 
 def at(

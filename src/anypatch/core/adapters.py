@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -18,7 +19,7 @@ HELD = "_anypatch_model"  # in the attributes of a module that holds a model's p
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Take off ``torch.compile``, DataParallel and PEFT wrappers, and what names the model it stands for."""
-    while isinstance(model, nn.Module):
+    while isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         if HELD in vars(model):
             model = vars(model)[HELD]
         inner = model._modules.get("_orig_mod")

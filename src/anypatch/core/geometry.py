@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Sequence
@@ -183,6 +184,7 @@ def target_geometry(
     if patch_size is not None:
         patch = as_size(patch_size, axes, "patch_size", current.patch_size)
     kernel = scaled_kernel(current, patch)
+    _require_whole_kernel(current, patch)
     image: Size | None
     if isinstance(image_size, str) and image_size == NEAREST:
         image = None if current.image_size is None else nearest_image(current, patch, kernel)
@@ -205,6 +207,22 @@ def target_geometry(
         return replace(target, explicit_grid=grid)
     _require_divisible(image, patch, current, asked=image_size is not None)
     return target
+
+
+def _require_whole_kernel(current: Geometry, patch: Size) -> None:
+    """Where patches overlap, the kernel scales with the stride, and has to be a whole number of pixels."""
+    if not current.overlapping or current.kernel_size is None:
+        return
+    units = [old // math.gcd(old, k) for old, k in zip(current.patch_size, current.kernel_size, strict=True)]
+    if any(new % unit for new, unit in zip(patch, units, strict=True)):
+        sides = [sorted({max(new // u, 1) * u, -(-new // u) * u}) for new, u in zip(patch, units, strict=True)]
+        fits = dict.fromkeys(tuple(side[i] for side in sides) for i in (0, -1))
+        kernels = [scaled_kernel(current, size) for size in fits]
+        would = " or ".join(f"{show(size)} (kernel {show(k)})" for size, k in zip(fits, kernels, strict=True))
+        raise GeometryError(
+            f"patches overlap (kernel {show(current.kernel_size)}, stride {show(current.patch_size)}), and patch_size "
+            f"is their stride, which scales the kernel: {show(patch)} would give it a fraction of a pixel; use {would}"
+        )
 
 
 def nearest_image(current: Geometry, patch: Size, kernel: Size | None = None) -> Size:

@@ -24,6 +24,7 @@ from anypatch.core.diff import (
     diff,
     require_projection,
 )
+from anypatch.core.flattened import require_places
 from anypatch.core.geometry import Geometry
 from anypatch.core.placement import Touched, kept, require_movable
 from anypatch.core.roles import Case, Role, role_of
@@ -213,6 +214,7 @@ def make(
     """
     twins = build_twins(subject, target)
     require_projection(twins)
+    require_places(twins)
     edits = diff(twins, method, sampling)
     account = Account(subject, twins.old, edits)
     extras = (

@@ -40,6 +40,8 @@ class Facts:
         whole_multiples: whether exactness needs whole multiples of the patch (padded or cropped inputs).
         padding: pixels of padding before the first patch that stay the same when the patch changes.
         sampling: how the library itself resamples absolute positions.
+        relative: how it resamples a relative table (entries, heads) from one window to another, where it does.
+        host: whether positions shall be resampled as the library does it.
     """
 
     orders: dict[str, str] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class Facts:
     whole_multiples: bool = False
     padding: int = 0
     sampling: positions.Sampling = positions.ANTIALIASED
+    relative: Callable[[Tensor, Size, Size], Tensor] | None = None
+    host: bool = False
 
     def order(self, name: str) -> str | None:
         return next((order for pattern, order in self.orders.items() if re.search(pattern, name)), None)
@@ -358,11 +362,26 @@ def _relative(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
         extra = old_n - math.prod(2 * s - 1 for s in old)
         if extra not in (0, 3) or extra != new_n - math.prod(2 * s - 1 for s in new):
             continue
+        if case.facts.host:
+            return _relative_of_host(case, axis, old, new)
         return Role(
             f"relative positions ({show(old)} window)",
             partial(positions.resample_relative, axis=axis, old_window=old, new_window=new, extra=extra),
         )
     return None if not case.name.endswith(("_h", "_w")) else _single_axis(case, axis, old_n, new_n)
+
+
+def _relative_of_host(case: Case, axis: int, old: Size, new: Size) -> Role:
+    resize_table = case.facts.relative
+    if resize_table is None:
+        raise UnsupportedModelError(
+            f"{case.name} ({case.shapes}) is a relative position table, and {case.old.library} does not resample those "
+            f'itself: positions="host" covers absolute tables only here; use positions="antialias"'
+        )
+    return Role(
+        f"relative positions ({show(old)} window)",
+        lambda table: resize_table(table.movedim(axis, 0), old, new).movedim(0, axis).contiguous(),
+    )
 
 
 def changed_axes(*shapes: Iterable[int]) -> tuple[int, ...]:

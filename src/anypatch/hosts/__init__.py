@@ -6,8 +6,10 @@ in ``HOSTS``. A library is imported only when a model of its is in hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch.fx
 from torch import nn
 
 from anypatch.errors import UnsupportedModelError
@@ -23,6 +25,8 @@ HOSTS = (
     Host("torchvision"),
     Host("generic", prefix="hub", package="anypatch.hosts.structural"),
 )
+
+RECORDED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 
 def library(name: str) -> Host:
@@ -44,11 +48,43 @@ def recognise(model: nn.Module) -> Host:
         UnsupportedModelError: not a module, or no library knows it.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        traced = hasattr(model, "graph_module")  # torch.export's program
+        advice = ": adapt the model before it is exported" if traced else ""
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}{advice}")
+    _require_eager(model)
     for host in HOSTS:
         if host.recognises(model):
             return host
     raise UnsupportedModelError(f"{type(model).__name__} has no patch embedding that anypatch can find")
+
+
+def _require_eager(model: nn.Module) -> None:
+    """A recorded program has the sizes of its example baked in.
+
+    Raises:
+        UnsupportedModelError: the model is one, or all of its convolutions and linear layers are in one.
+    """
+    if isinstance(model, RECORDED):
+        raise _recorded(type(model).__name__, model)
+    found = [(p, m) for p, m in model.named_modules() if isinstance(m, RECORDED)]
+    if not found or any(True for _ in _layers_outside(model, [path for path, _ in found])):
+        return
+    path, module = found[0]
+    raise _recorded(f"{path} of {type(model).__name__}", module)
+
+
+def _layers_outside(model: nn.Module, recorded: list[str]) -> Iterator[nn.Module]:
+    for path, module in model.named_modules():
+        inside = any(path == outer or path.startswith(f"{outer}.") for outer in recorded)
+        if not inside and isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+            yield module
+
+
+def _recorded(name: str, module: nn.Module) -> UnsupportedModelError:
+    kind = "TorchScript" if isinstance(module, torch.jit.ScriptModule) else "torch.fx or torch.export"
+    return UnsupportedModelError(
+        f"{name} is a program recorded by {kind}, with the sizes of its example in it: adapt the model before tracing"
+    )
 
 
 def by_prefix(prefix: str) -> Host | None:

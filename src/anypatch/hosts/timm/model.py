@@ -82,9 +82,26 @@ def subject(model: Any) -> Subject:
         model,
         stem.geometry,
         build=build,
-        facts=Facts(orders=ORDERS, projections=projections, grids=stem.grids, whole_multiples=stem.whole),
+        facts=Facts(
+            orders=ORDERS,
+            projections=projections,
+            grids=stem.grids,
+            whole_multiples=stem.whole,
+            relative=_resized_relative,
+        ),
         finish=lambda geometry: _bookkeeping(model, geometry),
     )
+
+
+def _resized_relative(table: Tensor, old: Size, new: Size) -> Tensor:
+    """A relative table (entries, heads) for another window, as timm resizes it on loading."""
+    from timm.layers import resize_rel_pos_bias_table
+
+    offsets = [math.prod(2 * s - 1 for s in window) for window in (old, new)]
+    shape = (len(table) - offsets[0] + offsets[1], *table.shape[1:])
+    resize: Any = resize_rel_pos_bias_table
+    known = "old_window_size" in inspect.signature(resize).parameters
+    return resize(table, new, shape, **({"old_window_size": old} if known else {}))
 
 
 def sizes(model: Any, geometry: Geometry) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Row:
         refused: why models of this type cannot be adapted at all: they have patches, but not one linear map per patch.
         fixed_patch: why the patch cannot change: layers assume it, and no field of the configuration names it.
         orders: flattening order of a patch in stems and heads that are linear layers, as (tensor, order).
+        relative: whether ``forward`` itself interpolates relative tables, bilinearly, for other grids.
         per_frame: whether the field that looks like a patch's time axis counts frames that are merged later.
         window_in_pixels: whether ``window_size`` is in pixels, so that it has to follow the patch.
         not_pixels: whether ``patch_size`` is about something else than pixels (bytes).
@@ -40,6 +41,7 @@ class Row:
     refused: str = ""
     fixed_patch: str = ""
     orders: tuple[tuple[str, str], ...] = ()
+    relative: bool = False
     per_frame: bool = False
     window_in_pixels: bool = False
     not_pixels: bool = False
@@ -100,6 +102,9 @@ ROWS: dict[str, Row] = {
     "blt_local_decoder": _BYTES,
     "blt_local_encoder": _BYTES,
     "blt_patcher": _BYTES,
+    # relative tables that forward interpolates
+    "beit": Row(relative=True),
+    "data2vec-vision": Row(relative=True),
     # flattened patches
     "vit_mae": Row(orders=((r"decoder_pred\.", "h w c"),)),
     "videomae": Row(orders=((r"decoder\.head\.", "t h w c"),)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
@@ -296,7 +296,8 @@ def build_unchecked(vision: Vision, geometry: Geometry, current: Geometry) -> nn
         try:
             type(config).from_dict(config.to_dict())  # it has to load again
         except Exception as error:
-            raise _cannot_build(model, geometry, error) from error
+            if _loads_again(vision.config):  # one that does not at the present geometry either is the user's own
+                raise _cannot_build(model, geometry, current, error) from error
     short = copy.deepcopy(config)
     if shorten(short):
         try:
@@ -308,7 +309,16 @@ def build_unchecked(vision: Vision, geometry: Geometry, current: Geometry) -> nn
     except RuntimeError:  # a constructor that reads its parameters: built for real by the caller
         raise
     except Exception as error:
-        raise _cannot_build(model, geometry, error) from error
+        raise _cannot_build(model, geometry, current, error) from error
+
+
+def _loads_again(config: Any) -> bool:
+    """Whether the library takes its own record of a configuration (not after ``config.num_hidden_layers = 2``)."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception:
+        return False
+    return True
 
 
 def make(cls: type[nn.Module], config: Any) -> nn.Module:
@@ -317,7 +327,12 @@ def make(cls: type[nn.Module], config: Any) -> nn.Module:
         return cls(config)
 
 
-def _cannot_build(model: nn.Module, geometry: Geometry, error: Exception) -> Exception:
+def _cannot_build(model: nn.Module, geometry: Geometry, current: Geometry, error: Exception) -> Exception:
+    if geometry == current:
+        return UnsupportedModelError(
+            f"transformers cannot build {type(model).__name__} from its configuration as it is, whatever the geometry: "
+            f"{error}"
+        )
     sizes = f"patch_size {show(geometry.patch_size)} and image_size {show(geometry.image_size)}"
     name = type(model).__name__
     if len(set(geometry.patch_size[-2:])) > 1:
@@ -349,7 +364,17 @@ def _facts(vision: Vision) -> Facts:
         whole_multiples=padding > 0,
         sampling=Sampling(antialias=False),
         padding=padding,
+        relative=_bilinear if any(row(config).relative for config in everywhere) else None,
     )
+
+
+def _bilinear(table: Tensor, old: Size, new: Size) -> Tensor:
+    """A relative table (entries, heads) for another window, as BEiT's ``forward`` interpolates it."""
+    sides, target = (tuple(2 * s - 1 for s in window) for window in (old, new))
+    offsets = math.prod(sides)
+    grid = table[:offsets].unflatten(0, sides).permute(2, 0, 1)[None]
+    resized = nn.functional.interpolate(grid.float(), size=target, mode="bilinear")[0]
+    return torch.cat([resized.permute(1, 2, 0).flatten(0, 1).to(table.dtype), table[offsets:]])
 
 
 def _stem_padding(vision: Vision) -> int:
