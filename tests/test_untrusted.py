@@ -318,3 +318,59 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
     os.replace(tmp_path / "new", path)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         map_tensors(header)
+
+
+# -- what happens to a directory while it is converted -----------------------------------------------------------
+
+
+def test_links_that_lead_outside_stay_links(place: Path) -> None:
+    secret = place / "secret.txt"
+    secret.write_text("secret")
+    folder = _timm(place, {})
+    (folder / "notes.txt").symlink_to(secret)
+    (folder / "relative.txt").symlink_to("../secret.txt")
+    (folder / "own.txt").write_text("own")
+    (folder / "inside.txt").symlink_to("own.txt")
+    anypatch.convert(folder, place / "deep.out", patch_size=4)
+    for name in ("notes.txt", "relative.txt"):
+        written = place / "deep.out" / name
+        assert written.is_symlink()
+        assert written.resolve() == secret
+    assert not (place / "deep.out" / "inside.txt").is_symlink()
+    assert (place / "deep.out" / "inside.txt").read_text() == "own"
+
+
+def test_the_hub_cache_is_copied(place: Path) -> None:
+    folder = _timm(place, {})
+    cache = place / "models--x" / "snapshots" / "abc"
+    cache.mkdir(parents=True)
+    (place / "models--x" / "blobs").mkdir()
+    (folder / "README.md").write_text("card")
+    for path in folder.iterdir():
+        (place / "models--x" / "blobs" / path.name).write_bytes(path.read_bytes())
+        (cache / path.name).symlink_to(f"../../blobs/{path.name}")
+    anypatch.convert(cache, place / "out", patch_size=4)
+    assert not any(path.is_symlink() for path in (place / "out").iterdir())
+    assert (place / "out" / "README.md").read_text() == "card"
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "config.json", "README.md", "more.txt"])
+def test_a_source_that_is_replaced_while_it_is_converted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from anypatch.files import shards
+
+    folder = _timm(place, {})
+    (folder / "README.md").write_text("old")
+    original = shards.write_safetensors
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        new = place / "new"
+        new.write_bytes((folder / what).read_bytes() if (folder / what).exists() else b"x")
+        os.replace(new, folder / what)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(shards, "write_safetensors", late)
+    with pytest.raises(CheckpointError, match=r"changed while"):
+        anypatch.convert(folder, place / "out", patch_size=4)
+    assert not (place / "out").exists()

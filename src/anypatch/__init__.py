@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anypatch.conversion import convert
     from anypatch.core.geometry import Geometry
     from anypatch.core.kernels import Interpolate, Pi, Wiener, resize_kernel
+    from anypatch.core.limits import memory_limit
     from anypatch.core.spectra import PixelStatistics
     from anypatch.flexibility import flexible
     from anypatch.measure.sweep import SweepResult, sweep
@@ -38,6 +39,7 @@ _LAZY = {
     "push_to_hub": "anypatch.sources",
     "convert": "anypatch.conversion",
     "PixelStatistics": "anypatch.core.spectra",
+    "memory_limit": "anypatch.core.limits",
     "sweep": "anypatch.measure.sweep",
     "SweepResult": "anypatch.measure.sweep",
 }
@@ -77,6 +79,7 @@ __all__ = [
     "flexible",
     "geometry",
     "load",
+    "memory_limit",
     "push_to_hub",
     "resize_kernel",
     "save",

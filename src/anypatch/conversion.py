@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
+from anypatch.core.limits import LimitError
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
@@ -50,6 +51,8 @@ def load_file(path: str | Path, arch: str | None = None, *, prefix: str | None =
     _require_finite(checkpoint)
     try:
         return LOADERS[library](name, checkpoint, dict(host_kwargs))
+    except LimitError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"loading into {library} needs it installed ({error})") from error
 

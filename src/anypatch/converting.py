@@ -30,6 +30,7 @@ from anypatch.files.configs import read_config, read_json
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import TYPE_NAMES, Entry, Header, map_tensors, read_header
 from anypatch.files.reading import Checkpoint, read
+from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
 from anypatch.files.tensors import require_finite, tensor_bytes
 from anypatch.hosts import cards
 from anypatch.hosts.architectures import infer
@@ -192,6 +193,7 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
         link = False
     elif source.resolve() in target.resolve().parents or target.resolve() in source.resolve().parents:
         raise CheckpointError(f"{target} and {source} lie within one another")
+    snapshot = Snapshot(source)
     config = read_config(source / "config.json") if (source / "config.json").is_file() else {}
     if (source / OPEN_CLIP[0]).is_file():
         texts, headers, values = _open_clip(source, target, ask)
@@ -225,9 +227,13 @@ def convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: 
         for path in files:
             copied = place / path.relative_to(source)
             copied.parent.mkdir(parents=True, exist_ok=True)
+            if leads_outside(path, source):
+                copy_link(path, copied)
+                continue
             streaming.copy_file(path, copied, flusher, link, progress)
         for name, text in texts.items():
             streaming.write_text(place / name, text, flusher)
+        snapshot.require_unchanged()
 
 
 def _require_nothing_else(target: Path, names: set[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.ambient import undisturbed
+from anypatch.core.limits import Bounded, claim
 from anypatch.core.modes import Draw, Explicit, Plain, about, computed, mapped, on_its_own, tensors_in
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -40,9 +41,10 @@ def empty(build: Callable[[], nn.Module]) -> nn.Module:
     any random state. Random buffers are drawn from generators of their own, the same in every call.
 
     Raises:
+        GeometryError: buffers would take more than :func:`anypatch.memory_limit` allows.
         Exception: whatever ``build`` raises.
     """
-    with undisturbed(), torch.no_grad():
+    with undisturbed(), torch.no_grad(), Bounded():
         try:
             with _Deferred() as deferred, _Pretence(deferred):
                 model = build()
@@ -85,6 +87,7 @@ class _Memory:
         if self.known is not None and self.known[0] == version:
             return self.known[1]
         func, args, kwargs, index = self.source
+        claim(self.owner)
         outputs = computed(func, _real(args), _real(kwargs))
         found = list(tensors_in(outputs))[index]
         base = torch.empty_strided(self.owner.shape, self.owner.stride(), dtype=self.owner.dtype, device=CPU)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from anypatch.errors import CheckpointError
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import BITS, Header
+from anypatch.files.opening import open_regular, require_unchanged
 
 CHUNK = 8 << 20
 STEP = 256 << 20  # bytes copied between two signs of progress
@@ -117,7 +118,8 @@ def write_safetensors(
         name: (entry.dtype, shapes.get(name, entry.shape), sizes[name]) for name, entry in header.entries.items()
     }
     file.write(header_bytes(described, header.metadata))
-    with header.path.open("rb") as source:
+    with open_regular(header.path) as source:
+        require_unchanged(header.path, header.identity, source)
         run: tuple[int, int] | None = None
         for name, entry in header.entries.items():
             if name not in shapes:
@@ -131,6 +133,7 @@ def write_safetensors(
             file.write(data)
             progress(len(data))
         _copy_run(source, header, run, file, progress)
+        require_unchanged(header.path, header.identity, source)
     file.flush()
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from anypatch.core.adapters import innermost
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.limits import LimitError
 from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
@@ -313,6 +314,8 @@ def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
     sizes = _sizes(model, geometry, stem)
     try:
         return _create(model, _arguments(model), sizes)
+    except LimitError:
+        raise
     except (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         if isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in str(error):
             raise  # a constructor that reads its parameters' values is built for real

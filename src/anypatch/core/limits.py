@@ -1,0 +1,178 @@
+"""How much memory may be allocated on the word of sizes and configurations, before anything is allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from anypatch.errors import GeometryError
+
+# Bytes of the buffers of one model. BEiT-large at 1024 pixels, the most that any known model takes at a size that
+# people use, has 3 GB of indices of relative positions; four times its area takes 16 times as much.
+DEFAULT = 4 << 30
+COUNTED = 1 << 20
+# Tensors of one model. The largest mixtures of experts have 70,000, one for each matrix of each expert; every one of
+# them costs memory and time even where it is empty.
+MAX_TENSORS = 500_000
+VARIABLE = "ANYPATCH_MEMORY_LIMIT"  # bytes, for the command line
+# Calls that make a tensor of nothing but sizes, and those that make a large one of a small one.
+FACTORIES = frozenset(("empty", "zeros", "ones", "full", "arange", "linspace", "rand", "randn", "eye", "tril_indices",
+                       "triu_indices", "empty_strided", "logspace", "randint", "randperm"))  # fmt: skip
+# Made without memory as long as nobody needs their values, as those of parameters: counted where they get some.
+DEFERRED = frozenset(("empty", "zeros", "ones", "full", "rand", "randn"))
+GROWING = frozenset(("repeat", "tile", "repeat_interleave", "contiguous", "clone", "one_hot", "outer", "kron", "stack",
+                     "cat", "meshgrid", "new_zeros", "new_ones", "new_empty", "new_full", "reshape"))  # fmt: skip
+
+_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("anypatch_memory_limit", default=None)
+
+
+@contextlib.contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Allow more (or less) memory for what depends on an image size or stands in a file, within the block.
+
+    A model's buffers may grow with the fourth power of the image size: the indices of BEiT's relative positions at 2048
+    pixels take 26 GB. Beyond 4 GB it is an error, before anything is allocated. The environment variable
+    ``ANYPATCH_MEMORY_LIMIT`` says the same for a process.
+
+    >>> with memory_limit(64 << 30):
+    ...     pass  # anypatch.adapt(beit, image_size=2048)
+
+    Args:
+        size: bytes.
+    """
+    if type(size) is not int or size < 0:
+        raise GeometryError(f"memory_limit takes a number of bytes, got {size!r}")
+    token = _limit.set(size)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def limit() -> int:
+    """The bound that holds here, in bytes."""
+    given = _limit.get()
+    if given is not None:
+        return given
+    text = os.environ.get(VARIABLE, "")
+    return int(text) if text.isdigit() else DEFAULT
+
+
+class LimitError(GeometryError):
+    """More memory than is allowed would be taken."""
+
+
+class Bounded(TorchFunctionMode):
+    """Adds up what is allocated within the block, and stops before the bound is reached.
+
+    What a call would make is found out on no device first, wherever its inputs are large enough, taken together, for
+    the result to matter. Only tensors above a megabyte are counted, and only as long as they live.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound, self.tensors = limit(), 0
+        self._live: list[tuple[StorageWeakRef, int]] = []
+
+    def __enter__(self) -> Any:
+        self._token = _active.set(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _active.reset(self._token)
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        made = name in FACTORIES
+        if made:
+            self.tensors += 1
+            if self.tensors > MAX_TENSORS:
+                raise LimitError(f"the model would have more than {MAX_TENSORS} tensors, which no model has")
+        matters = (made and name not in DEFERRED) or name in GROWING or self._multiplies(args, kwargs)
+        if matters and not _on_meta(args, kwargs):
+            self._require(_bytes(func, args, kwargs, made))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and not result.is_meta and result.numel() * result.itemsize > COUNTED:
+            self._live.append((StorageWeakRef(result.untyped_storage()), result.untyped_storage().nbytes()))
+        return result
+
+    def _multiplies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether inputs could broadcast, or be copied, to what matters."""
+        sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        return 16 * math.prod(max(size, 1) for size in sizes) > min(self.bound, 64 * COUNTED)
+
+    def _require(self, size: int) -> None:
+        if size <= COUNTED:
+            return
+        living: dict[int, int] = {}
+        self._live = [(ref, count) for ref, count in self._live if not ref.expired()]
+        for ref, count in self._live:
+            living[ref.cdata] = count
+        total = size + sum(living.values())
+        if total >= self.bound:
+            raise LimitError(
+                f"the model's buffers would take {total / 1e9:.1f} GB or more at this size, and "
+                f"{self.bound / 1e9:.1f} GB are allowed: choose a smaller image or a larger patch, or allow more with "
+                f"anypatch.memory_limit(BYTES) or {VARIABLE}"
+            )
+
+
+_active: contextvars.ContextVar[Bounded | None] = contextvars.ContextVar("anypatch_bounded", default=None)
+
+
+def claim(tensor: Tensor) -> None:
+    """Say that memory for a tensor, described on no device, is about to be taken.
+
+    Raises:
+        LimitError: it would pass the bound of the block that this is in.
+    """
+    bounded = _active.get()
+    if bounded is not None:
+        bounded._require(tensor.untyped_storage().nbytes())
+
+
+def _on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(v, Tensor) and v.is_meta for v in (*args, *kwargs.values())) or (
+        str(kwargs.get("device", "")) == "meta"
+    )
+
+
+def _bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: bool) -> int:
+    """What a call would allocate; nothing where it gives a view, or cannot be asked."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        moved = {key: _as_meta(value) for key, value in kwargs.items()}
+        if made or "device" in moved:
+            moved["device"] = "meta"
+        inputs = [_as_meta(value) for value in args]
+        try:
+            result = func(*inputs, **moved)
+        except Exception:
+            return 0  # the call itself will say what is wrong
+    if not isinstance(result, Tensor):
+        return 0
+    if any(isinstance(v, Tensor) and v.untyped_storage()._cdata == result.untyped_storage()._cdata for v in inputs):
+        return 0
+    return result.untyped_storage().nbytes()
+
+
+def _as_meta(value: Any) -> Any:
+    """A tensor's shape and strides without its values; lists of tensors likewise."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return [_as_meta(item) for item in value]
+    return value
