@@ -374,3 +374,30 @@ def test_a_source_that_is_replaced_while_it_is_converted(
     with pytest.raises(CheckpointError, match=r"changed while"):
         anypatch.convert(folder, place / "out", patch_size=4)
     assert not (place / "out").exists()
+
+
+# -- files that ask for memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_expanded_tensors(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "x.pt"
+    small = torch.zeros(1).as_strided((3, 1 << 10), (0, 0))
+    torch.save({"a": small}, path, _use_new_zipfile_serialization=zipped)
+    assert read(path).tensors["a"].shape == (3, 1 << 10)
+    torch.save({"a": torch.zeros(1).as_strided((1 << 34,), (0,))}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="would take 68719476736 bytes"):
+        read(path)
+
+
+def test_names_nested_without_end() -> None:
+    from anypatch.files.pickles import Inert, scripted_tensors
+
+    root = inner = Inert()
+    for _ in range(5000):
+        following = Inert()
+        inner.__setstate__({"n" * 20: following})
+        inner = following
+    inner.__setstate__({"weight": torch.ones(1)})
+    with pytest.raises(pickle.UnpicklingError, match="nested"):
+        scripted_tensors(root)
