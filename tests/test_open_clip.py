@@ -103,13 +103,35 @@ def test_a_bare_tower_is_exact_and_tokens_are_compared(build):
 def test_the_proof_sees_positions(build, monkeypatch):
     """Exactness must break when the adaptation damages a table."""
 
-    def damaging(model, *args, **kwargs):
-        anypatch.adapt(model, *args, **kwargs)
-        with torch.no_grad():
-            model.visual.positional_embedding[1:] = model.visual.positional_embedding[1:].flip(0)
+    proof = importlib.import_module("anypatch.proof")
+    plan_for = proof.plan_for
 
-    monkeypatch.setattr(importlib.import_module("anypatch.proof"), "adapt", damaging)
+    def damaging(subject, *args, **kwargs):
+        plan = plan_for(subject, *args, **kwargs)
+        plan.apply()
+        with torch.no_grad():
+            subject.model.visual.positional_embedding[1:] = subject.model.visual.positional_embedding[1:].flip(0)
+
+    monkeypatch.setattr(proof, "plan_for", damaging)
     assert anypatch.check(build("clip"), 12).error > 1e-2
+
+
+@pytest.mark.parametrize("width", [48, 64])
+def test_widths_that_equal_a_patch_are_no_patches(width):
+    """Every ViT-B/32 has 3072 values in its MLPs, as many as a 32x32 patch of three channels."""
+    vision = {
+        "image_size": 32,
+        "layers": 3,
+        "width": width,
+        "head_width": 16,
+        "patch_size": 8,
+        "mlp_ratio": 192 / width,
+    }
+    text = {"context_length": 7, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    anypatch.adapt(model, 16)
+    assert model.visual.conv1.kernel_size == (16, 16)
+    assert model.visual.transformer.resblocks[2].mlp.c_proj.in_features == 192
 
 
 TRUNKS = [

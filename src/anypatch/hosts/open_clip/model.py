@@ -96,20 +96,37 @@ def _layer(module: nn.Module) -> nn.Module:
 
 
 def _build(tower: nn.Module, geometry: Geometry) -> nn.Module:
-    """A tower with one narrow layer: nothing behind the positions depends on the geometry."""
+    """The tower anew: as deep and as wide, so that whatever it is not built with is seen to be the user's."""
     from open_clip.transformer import VisionTransformer
 
     assert geometry.image_size is not None
+    live: Any = tower
     width = tower.get_parameter("class_embedding").shape[-1]
+    blocks = list(live.transformer.resblocks)
+    pool: Any = live.attn_pool
+    projection = getattr(live, "proj", None)
     return VisionTransformer(
         image_size=geometry.image_size,
         patch_size=geometry.patch_size,
         width=width,
-        layers=1,
+        layers=len(blocks),
         heads=1,
-        mlp_ratio=1.0,
-        output_dim=1,
+        mlp_ratio=_ratio(_layer(blocks[0].mlp.c_fc).out_features, width) if blocks else 1.0,
+        ls_init_value=1.0 if blocks and not isinstance(blocks[0].ls_1, nn.Identity) else None,
+        attentional_pool=False if pool is None else getattr(live, "attn_pool_type", "") or True,
+        attn_pooler_queries=256 if pool is None else pool.query.shape[0],
+        attn_pooler_heads=1,
+        output_dim=width if projection is None else projection.shape[-1],
+        no_ln_pre=isinstance(live.ln_pre, nn.Identity),
+        pool_type=live.pool_type,
+        final_ln_after_pool=bool(live.final_ln_after_pool),
+        block_type="custom" if blocks and _is(blocks[0], "CustomResidualAttentionBlock") else None,
     )
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A ratio that gives exactly ``hidden`` when it is multiplied by ``width`` and cut to a whole number."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def _preprocessing(tower: nn.Module, geometry: Geometry) -> list[tuple[nn.Module, str, Any]]:
@@ -411,11 +428,9 @@ def _blocks(transformer: nn.Module, activations: list[nn.Module]) -> dict[str, A
     stack: Any = transformer
     block = stack.resblocks[0]
     activation = block.mlp.gelu
-    hidden, width = block.mlp.c_fc.out_features, stack.width
-    ratio = hidden / width
     cfg: dict[str, Any] = {
         "heads": block.attn.num_heads,
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        "mlp_ratio": _ratio(block.mlp.c_fc.out_features, stack.width),
     }
     if not isinstance(block.ls_1, nn.Identity):
         cfg["ls_init_value"] = float(block.ls_1.gamma.detach().flatten()[0])
