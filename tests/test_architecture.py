@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "sources": {"errors", "core", "files", "hosts", "adaptation", "version"},
     "conversion": {"errors", "core", "files", "hosts", "adaptation", "sources", "version"},
     "measure": {"errors", "core", "files", "hosts", "adaptation", "sources", "report", "version"},
-    "tune": {"errors", "core", "files", "hosts", "adaptation", "sources", "report", "measure", "version"},
+    "tuning": {"errors", "core", "files", "hosts", "adaptation", "sources", "report", "measure", "version"},
+    "flexibility": {"errors", "core", "hosts", "adaptation"},
     "demo": {"errors", "core", "hosts", "adaptation", "measure", "report", "proof", "version"},
 }
 # Hosts that hold another's towers.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from anypatch.measure.sweep import SweepResult, sweep
     from anypatch.proof import Check, check
     from anypatch.sources import load, push_to_hub, save
+    from anypatch.tuning.result import TuneResult
+    from anypatch.tuning.running import tune
 
 
 # Loaded on first use, so that `import anypatch` costs nothing.
@@ -40,6 +42,8 @@ _LAZY = {
     "convert": "anypatch.conversion",
     "PixelStatistics": "anypatch.core.spectra",
     "memory_limit": "anypatch.core.limits",
+    "tune": "anypatch.tuning.running",
+    "TuneResult": "anypatch.tuning.result",
     "sweep": "anypatch.measure.sweep",
     "SweepResult": "anypatch.measure.sweep",
 }
@@ -69,6 +73,7 @@ __all__ = [
     "Pi",
     "PixelStatistics",
     "SweepResult",
+    "TuneResult",
     "UnsupportedModelError",
     "Wiener",
     "__version__",
@@ -84,4 +89,5 @@ __all__ = [
     "resize_kernel",
     "save",
     "sweep",
+    "tune",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``anypatch inspect | check | adapt | convert | sweep | view | demo``.
+"""The command line: ``anypatch inspect | check | adapt | convert | sweep | view | tune | demo``.
 
 Exit statuses: 0 for success, 1 for a check that fails, 2 for an error, 130 for Ctrl-C, 141 for a pipe whose reader
 left (typer's own 1 for --help). Results go to standard output; progress, notes and errors to standard error, an error
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from anypatch import __version__
-from anypatch.cli import comparing, models, output, writing
+from anypatch.cli import comparing, models, output, tuning, writing
 from anypatch.cli.progress import notes
 from anypatch.errors import AnypatchError
 
@@ -34,6 +34,7 @@ app = typer.Typer(
 models.register(app)
 writing.register(app)
 comparing.register(app)
+tuning.register(app)
 
 
 def _say_version(wanted: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from anypatch.errors import AnypatchError, DataError
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.opening import labelled, unlabelled
-from anypatch.measure.processes import Team
+from anypatch.measure.processes import Team, decoding_workers
 from anypatch.measure.rows import Collections
 from anypatch.measure.targets import Asked
 from anypatch.report.progress import Progress
@@ -88,11 +87,8 @@ class Options:
         return Collections({**sets, "images": unlabelled(self.images, self.limit).test}, "images", notes)
 
     def workers(self, team: Team) -> int:
-        """Processes that decode: one core is left for the model; more than eight are rarely fed by one disk."""
-        if self.num_workers is not None:
-            return int(self.num_workers)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(8, (cores - 1) // team.size))
+        """Processes that decode."""
+        return decoding_workers(self.num_workers, team.size)
 
     def call(self) -> str:
         """The Python call that gives this result."""

@@ -91,3 +91,11 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def decoding_workers(asked: int | None, processes: int) -> int:
+    """Processes that decode images: one core is left for the model; more than eight are rarely fed by one disk."""
+    if asked is not None:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, (cores - 1) // processes))

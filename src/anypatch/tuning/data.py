@@ -1,0 +1,117 @@
+"""Images to learn from and to test on: opened, checked, split by image, fed in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anypatch.hosts.images import Preprocess
+from anypatch.measure.decoding import decode, unreadable
+from anypatch.measure.folders import existing, image_files, images_under
+from anypatch.measure.images import ImageSet, listed
+from anypatch.tuning.asked import require_images
+from anypatch.tuning.crops import Crops
+
+LEAST = 16  # images: four of them are tested on, twelve learned from
+HELD_OUT = 0.2  # share of the images that is tested on: the usual fifth
+MOST_HELD_OUT = 64  # more do not change the third digit of a mean cosine, and are read a dozen times
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images that are learned from, images that are tested on, and what the user should know."""
+
+    train: ImageSet
+    held_out: ImageSet
+    notes: list[str]
+
+
+def split(images: Any, seed: int) -> Split:
+    """Open a folder of images and hold a part of them out, whole images, before any crop.
+
+    Raises:
+        DataError: no folder, or fewer than 16 images that can be read.
+    """
+    if isinstance(images, ImageSet):
+        everything = images
+    else:
+        root = existing(Path(images))
+        everything = image_files(root.name, root, images_under(root))
+    failed = unreadable(everything)
+    notes = left_out(everything, failed)
+    usable = everything.subset([i for i in range(len(everything)) if i not in failed])
+    require_images(len(usable), LEAST, everything.name)
+    held = min(max(round(len(usable) * HELD_OUT), 4), MOST_HELD_OUT)
+    order = np.random.default_rng([seed, 3]).permutation(len(usable))
+    return Split(usable.subset(sorted(order[held:].tolist())), usable.subset(sorted(order[:held].tolist())), notes)
+
+
+def held_out_pixels(
+    images: ImageSet, preprocess: Preprocess, size: tuple[int, int], batch_size: int, workers: int
+) -> tuple[list[Tensor], dict[int, str]]:
+    """The images as the model sees them, in batches of bytes; and those that cannot be decoded."""
+    places = list(range(len(images)))
+    batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    found = list(decode(images, preprocess, size, batches, workers))
+    return [batch.pixels for batch in found if len(batch.pixels)], {k: v for b in found for k, v in b.failures.items()}
+
+
+def left_out(images: ImageSet, failures: dict[int, str]) -> list[str]:
+    """A note that names what could not be read, if anything."""
+    named = listed([f"{images.keys[i]} ({why})" for i, why in sorted(failures.items())])
+    return [f"{len(failures)} images cannot be read, left out: {named}"] if failures else []
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches of augmented crops for a run of steps; this process's part of each.
+
+    Args:
+        images, preprocess, batch_size, seed: as for ``Crops``.
+        workers: processes that cut crops; 0 for this one.
+        rank, size: which of how many processes this is; places of a batch go round.
+        failures: images that could not be decoded, and why; filled as they are met.
+    """
+
+    images: ImageSet
+    preprocess: Preprocess
+    batch_size: int
+    seed: int
+    workers: int
+    rank: int = 0
+    size: int = 1
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def batches(self, sizes: Sequence[list[tuple[int, int]]], first: int = 0) -> Iterator[list[Tensor] | None]:
+        """For each step from ``first`` on, this process's crops at each size of that step; ``None`` without any."""
+        crops = Crops(self.images, self.preprocess, self.batch_size, self.seed, list(sizes))
+        places = range(self.rank, self.batch_size, self.size)
+        plan = [[step * self.batch_size + place for place in places] for step in range(first, len(sizes))]
+        loader: Any = torch.utils.data.DataLoader(
+            crops,
+            batch_sampler=plan,
+            collate_fn=_stacked,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
+            worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # or the loader draws from the caller's random numbers
+        )
+        for crops_read, failures in loader:
+            self.failures.update(failures)
+            yield crops_read
+
+
+def _stacked(items: Sequence[tuple[int, list[Tensor] | str]]) -> tuple[list[Tensor] | None, dict[int, str]]:
+    read = [crops for _, crops in items if not isinstance(crops, str)]
+    failures = {number: why for number, why in items if isinstance(why, str)}
+    return [torch.stack(crops) for crops in zip(*read, strict=True)] if read else None, failures
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)

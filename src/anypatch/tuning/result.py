@@ -1,0 +1,157 @@
+"""What ``tune`` returns: fidelity before and after, the curve, a report, and the card of the saved model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from anypatch.errors import AnypatchError
+from anypatch.files.atomic import replacing_file
+from anypatch.report.svg import Point, curve
+from anypatch.report.templating import render
+from anypatch.tuning.checkpoint import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Row = dict[str, Any]
+CARD = "# How these weights were made"  # begins a card, and tells ours from the user's own
+TITLES = {
+    "patch_size": "patch size",
+    "image_size": "image size",
+    "tokens": "patches",
+    "fidelity_before": "fidelity, before",
+    "fidelity_after": "fidelity, after",
+    "patch_fidelity_before": "patch fidelity, before",
+    "patch_fidelity_after": "patch fidelity, after",
+}
+
+
+@dataclass
+class TuneResult:
+    """What tuning did.
+
+    Attributes:
+        model: the tuned model, the one that was given; with one patch size adapted to it, with several at its native
+            geometry.
+        rows: one per patch size: the mean cosine to the native model's features on held-out images, of the pooled
+            feature (``fidelity``) and of the patch map (``patch_fidelity``), before and after.
+        curve: pairs of a step and the held-out fidelity by patch size.
+        settings: how it was made.
+        notes: what the user should know: skipped images, nothing gained.
+    """
+
+    model: nn.Module
+    rows: list[Row]
+    curve: Curve = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def gained(self) -> bool:
+        """Whether any weights were changed."""
+        return bool(self.settings.get("share"))
+
+    def to_pandas(self) -> DataFrame:
+        """The rows as a table."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise AnypatchError("this needs pandas: pip install 'anypatch[sweep]'") from error
+        return pandas.DataFrame(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``tune.json`` holds."""
+        return {"rows": self.rows, "curve": self.curve, "settings": self.settings, "notes": self.notes}
+
+    def to_csv(self) -> str:
+        """What ``tune.csv`` holds."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(TITLES), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def plot(self) -> Figure:
+        """Held-out fidelity over the steps, one line per patch size, as a matplotlib figure."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise AnypatchError("this needs matplotlib: pip install 'anypatch[sweep]'") from error
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for patch in dict.fromkeys(name for _, looked in self.curve for name in looked):
+            axes.plot([s for s, _ in self.curve], [looked[patch] for _, looked in self.curve], label=f"patch {patch}")
+        axes.set_xlabel("steps")
+        axes.set_ylabel("held-out fidelity")
+        axes.legend()
+        return figure
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report: one file that opens without a network."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        points = [
+            Point(step, sum(looked.values()) / len(looked), str(step), f"step {step}", front=True)
+            for step, looked in self.curve
+            if step
+        ]
+        page = render(
+            "tuning.html",
+            names=list(TITLES.values()),
+            rows=[[_shown(row[name]) for name in TITLES] for row in self.rows],
+            chart=curve(points, "steps", "held-out fidelity", self.says) if points else "",
+            says=self.says,
+            settings={k: v for k, v in self.settings.items() if v is not None},
+            notes=self.notes,
+        )
+        with replacing_file(target) as file:
+            file.write(page.encode("utf-8", "replace"))
+        return target
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``tune.json``, ``tune.csv`` and ``report.html`` into a folder."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, text in (("tune.json", json.dumps(self.to_dict(), indent=2) + "\n"), ("tune.csv", self.to_csv())):
+            with replacing_file(target / name) as file:
+                file.write(text.encode())
+        self.to_html(target / "report.html")
+        return target
+
+    @property
+    def says(self) -> str:
+        """The result in a sentence."""
+        if not self.gained:
+            return "Nothing was gained on held-out images: the weights are the adapted model's."
+        parts = [
+            f"patch {row['patch_size']}: {row['fidelity_before']:.3f} to {row['fidelity_after']:.3f}, patch map "
+            f"{row['patch_fidelity_before']:.3f} to {row['patch_fidelity_after']:.3f}"
+            for row in self.rows
+        ]
+        return f"Cosine to the native model's features on held-out images: {'; '.join(parts)}."
+
+    def card(self) -> str:
+        """How the model was made, in Markdown, for the folder that it is saved in."""
+        lines = [CARD, "", self.says, "", "| " + " | ".join(TITLES.values()) + " |"]
+        lines += ["|" + "---|" * len(TITLES)]
+        lines += ["| " + " | ".join(_shown(row[name]) for name in TITLES) + " |" for row in self.rows]
+        facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in self.settings.items() if value is not None]
+        how = (
+            "Distilled without labels from the model itself at its native geometry: cosine of pooled features and "
+            "patch maps, and the divergence of the logits where there is a classifier. Fidelity is measured on images "
+            "that were held out of training; the best weights were chosen on them."
+        )
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([*lines, "", how, "", *facts, *notes, ""])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

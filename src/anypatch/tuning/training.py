@@ -1,0 +1,269 @@
+"""The loop: a teacher, a student at one patch size or several, and what is learned from one to the other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anypatch.core.geometry import Size, show
+from anypatch.errors import DataError, UnsupportedModelError
+from anypatch.hosts.images import Features
+from anypatch.measure.processes import Team
+from anypatch.report.progress import Progress, duration
+from anypatch.tuning import schedule
+from anypatch.tuning.checkpoint import Checkpoint, State
+from anypatch.tuning.data import Feed
+from anypatch.tuning.distance import Face, Fidelity, distances, fidelity
+from anypatch.tuning.weights import Weights, averaged, kept, put_back, put_mixed, trained
+
+TRIAL_SEED = 1  # of the range test's crops, beside the run's
+BATCH = tuple[Size, list[Tensor] | None]
+
+
+@dataclass
+class Pair:
+    """A teacher and a student, and the held-out images that they are compared on.
+
+    Attributes:
+        student: the model whose parameters are trained.
+        faces: the student at each patch size.
+        held_out: images as the student sees them, by size; bytes in batches.
+        wanted: what the teacher says of them.
+        precision: of the forward passes: "no", "bf16" or "fp16".
+    """
+
+    teacher: Face
+    student: nn.Module
+    faces: dict[Size, Face]
+    held_out: dict[tuple[int, int], list[Tensor]]
+    wanted: list[Features]
+    precision: str
+    device: torch.device
+
+    @contextlib.contextmanager
+    def cast(self) -> Iterator[None]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            yield
+
+    def crop_sizes(self, patch: Size) -> list[tuple[int, int]]:
+        """The sizes at which a crop is wanted for a step at a patch size: the teacher's, then the student's."""
+        return list(dict.fromkeys((self.teacher.image_size, self.faces[patch].image_size)))
+
+    def losses(self, patch: Size, crops: list[Tensor]) -> Tensor:
+        """One loss per image of a batch."""
+        with torch.no_grad(), self.cast():
+            wanted = self.teacher(crops[0])
+        with self.cast():
+            found = self.faces[patch](crops[-1])
+        return distances(found, wanted).loss
+
+    def look(self) -> dict[Size, Fidelity]:
+        """The student's fidelity on the held-out images at every patch size."""
+        with self.cast():
+            return {p: fidelity(face, self.held_out[face.image_size], self.wanted) for p, face in self.faces.items()}
+
+
+@dataclass
+class Trainer:
+    """Steps of one run, which any number of processes share."""
+
+    pair: Pair
+    feed: Feed
+    team: Team
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+
+    def patch_at(self, step: int) -> Size:
+        """The patch size of a step (FlexiViT draws one uniformly for each)."""
+        sizes = list(self.pair.faces)
+        return sizes[int(np.random.default_rng([self.feed.seed, 2, step]).integers(len(sizes)))]
+
+    def batches(self, steps: int, first: int = 0) -> Iterator[BATCH]:
+        patches = [self.patch_at(step) for step in range(steps)]
+        sizes = [self.pair.crop_sizes(patch) for patch in patches]
+        yield from zip(patches[first:], self.feed.batches(sizes, first), strict=True)
+
+    def freeze_unreached(self) -> None:
+        """Leave alone what no feature depends on, such as the text tower of a CLIP.
+
+        Raises:
+            UnsupportedModelError: nothing can be trained.
+        """
+        (patch, crops) = next(iter(self.batches(1)))
+        self._gradients(patch, crops, None, shared=False)
+        reached = torch.tensor([float(p.grad is not None) for p in trained(self.pair.student).values()])
+        self._summed([reached])
+        for (_, parameter), found in zip(trained(self.pair.student).items(), reached.tolist(), strict=True):
+            parameter.grad = None
+            if not found:
+                parameter.requires_grad_(False)
+        if not trained(self.pair.student):
+            raise UnsupportedModelError(f"{type(self.pair.student).__name__} has no parameter that its features need")
+
+    def step(self, batch: BATCH, optimizer: torch.optim.Optimizer, rate: float, scaler: Any = None) -> float:
+        """One step; its loss, the mean over the whole batch."""
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._gradients(*batch, scaler)
+        if not math.isfinite(loss):
+            return loss
+        if scaler is not None and scaler.is_enabled():
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(list(trained(self.pair.student).values()), schedule.CLIP)
+        if scaler is not None and scaler.is_enabled():
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _gradients(self, patch: Size, crops: list[Tensor] | None, scaler: Any, shared: bool = True) -> float:
+        """Gradients of the mean loss over everyone's images: sums are shared, so that two processes do as one."""
+        count = torch.tensor([0.0 if crops is None else float(len(crops[0]))], dtype=torch.float64)
+        self._summed([count])
+        if not count.item():
+            raise DataError(f"{self.feed.images.name}: not one image of a batch can be read")
+        total = torch.zeros(1, dtype=torch.float64)
+        if crops is not None:
+            loss = self.pair.losses(patch, crops).sum() / count.item()
+            total += loss.item()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        self._summed([total])
+        if self.team.size > 1 and shared:
+            parameters = list(trained(self.pair.student).values())
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._summed([p.grad for p in parameters if p.grad is not None])
+        return total.item()
+
+    def _summed(self, tensors: Sequence[Tensor]) -> None:
+        if self.team.size == 1:
+            return
+        for tensor in tensors:
+            moved = tensor if self.team.device.type == "cpu" else tensor.to(self.team.device)
+            torch.distributed.all_reduce(moved)
+            if moved is not tensor:
+                tensor.copy_(moved)
+
+    # -- the learning rate and the number of steps -----------------------------------------------------------------
+
+    def seconds_per_step(self) -> float:
+        """Of the slowest process, the second of two steps that are taken back."""
+        start = kept(self.pair.student)
+        optimizer = schedule.optimizer(trained(self.pair.student).values())
+        began = time.perf_counter()
+        for number, batch in enumerate(self._trial().batches(3)):
+            if number == 1:
+                began = time.perf_counter()
+            self.step(batch, optimizer, schedule.FIRST_RATE)
+        put_back(self.pair.student, start)
+        return max(self.team.gather((time.perf_counter() - began) / 2))
+
+    def _trial(self) -> Trainer:
+        feed = Feed(**{**vars(self.feed), "seed": self.feed.seed + TRIAL_SEED})
+        return Trainer(self.pair, feed, self.team, self.progress)
+
+    def found_rate(self, steps: int) -> float:
+        """The range test: each rate for some steps from the start, judged on the held-out images, taken back."""
+        start = kept(self.pair.student)
+        best, least = schedule.FIRST_RATE, _loss(self.pair.look())
+        rates, trial = schedule.trial_rates(), self._trial()
+        batches = list(trial.batches(schedule.trial_steps(steps)))
+        for number, peak in enumerate(rates):
+            self.progress("finding the learning rate", number, len(rates))
+            optimizer = schedule.optimizer(trained(self.pair.student).values())
+            losses = [trial.step(b, optimizer, schedule.rate(i, len(batches), peak)) for i, b in enumerate(batches)]
+            found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
+            put_back(self.pair.student, start)
+            if found < least:
+                best, least = peak, found
+            elif peak > best:
+                break  # rates above the best only get worse
+        return best
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def run(self, state: State, checkpoint: Checkpoint) -> None:
+        """Train from ``state`` to its last step; the state, the weights in it too, is where the run stands."""
+        optimizer = schedule.optimizer(trained(self.pair.student).values())
+        scaler = torch.amp.GradScaler(self.pair.device.type, enabled=self.pair.precision == "fp16")
+        state.restore(self.pair.student, optimizer, scaler)
+        decay, every = schedule.decay(state.steps), max(math.ceil(state.steps / schedule.LOOKS), 1)
+        began, first = time.perf_counter(), state.step
+        said = f"held-out fidelity {_mean(state.curve[-1][1]):.3f}"
+        for step, batch in enumerate(self.batches(state.steps, first), start=first):
+            loss = self.step(batch, optimizer, schedule.rate(step, state.steps, state.peak), scaler)
+            if not math.isfinite(loss):
+                self.notes.append(f"the learning rate {state.peak:g} diverges: stopped at step {step} of {state.steps}")
+                break
+            averaged(state.average, self.pair.student, decay)
+            state.step = step + 1
+            if state.step % every == 0 or state.step == state.steps:
+                looked = {show(p): f.mean for p, f in self.pair.look().items()}
+                state.curve.append((state.step, looked))
+                said = f"held-out fidelity {_mean(looked):.3f}"
+                if self.team.leads:
+                    checkpoint.write(state, self.pair.student, optimizer, scaler)
+            left = (time.perf_counter() - began) / (state.step - first) * (state.steps - state.step)
+            self.progress(f"tuning, {said}, {duration(left)} left", state.step, state.steps)
+
+    def choose(self, start: Weights, average: Weights) -> tuple[dict[Size, Fidelity], dict[Size, Fidelity], float]:
+        """Put the best of the last and the averaged weights, each mixed with the start, into the student.
+
+        The best has the highest mean held-out fidelity; no patch size but the native one, which starts at one, may
+        have lost. If nothing is better, the start is put back.
+
+        Returns:
+            The fidelity before, after, and the share of the way from the start.
+        """
+        last = kept(self.pair.student)
+        put_back(self.pair.student, start)
+        before = self.pair.look()
+        best, after, chosen = start, before, 0.0
+        for number, (end, share) in enumerate((e, s) for e in (average, last) for s in schedule.SHARES):
+            self.progress("choosing the weights", number, 2 * len(schedule.SHARES))
+            put_mixed(self.pair.student, start, end, share)
+            found = self.pair.look()
+            if self._harms(before, found) or _mean_of(found) <= _mean_of(after):
+                continue
+            best, after, chosen = kept(self.pair.student), found, share
+        put_back(self.pair.student, best)
+        return before, after, chosen
+
+    def _harms(self, before: dict[Size, Fidelity], after: dict[Size, Fidelity]) -> bool:
+        native = self.pair.teacher.geometry.patch_size
+        found = [(before[p].mean, after[p].mean) for p in before if p != native or len(before) == 1]
+        return any(not b >= a for a, b in found)  # not a number is worse, too
+
+
+def _loss(looked: dict[Size, Fidelity]) -> float:
+    return sum(f.loss for f in looked.values()) / len(looked)
+
+
+def _mean_of(looked: dict[Size, Fidelity]) -> float:
+    return sum(f.mean for f in looked.values()) / len(looked)
+
+
+def _mean(looked: dict[str, float]) -> float:
+    return sum(looked.values()) / len(looked)
+
+
+def digest(model: nn.Module) -> str:
+    """Of the trained parameters' names and values."""
+    found = hashlib.sha256()
+    for name, parameter in trained(model).items():
+        found.update(f"{name}{tuple(parameter.shape)}".encode())
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

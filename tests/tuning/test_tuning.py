@@ -1,0 +1,480 @@
+"""Tuning: features won back without labels, never at the price of the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import anypatch
+from anypatch import AnypatchError, CheckpointError, DataError, GeometryError, UnsupportedModelError
+from anypatch.hosts.images import Features
+from anypatch.proof import randomise
+from anypatch.tuning import schedule
+from anypatch.tuning.checkpoint import FILE
+from anypatch.tuning.crops import drawn_image, random_box
+from anypatch.tuning.distance import distances
+
+OPTIONS: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Smooth blots of colour, which have the spectrum of photographs more than noise has."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for number in range(24):
+        blots = random.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(blots).resize((80, 64), Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
+    return folder
+
+
+def randomised(model: nn.Module) -> Any:
+    with torch.no_grad():
+        randomise(model, torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+def vit() -> Any:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, embed_dim=32, num_heads=2, num_classes=5
+    )
+    return randomised(model)
+
+
+def dinov2() -> Any:
+    import transformers
+
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+    )
+    return randomised(transformers.Dinov2Model(config))
+
+
+def clip() -> Any:
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 9}, vision_config={**small, "image_size": 32, "patch_size": 4},
+        projection_dim=16,
+    )  # fmt: skip
+    return randomised(transformers.CLIPModel(config))
+
+
+def open_clip_model() -> Any:
+    import open_clip
+
+    return randomised(
+        open_clip.model.CLIP(
+            16,
+            open_clip.CLIPVisionCfg(layers=2, width=64, head_width=32, patch_size=4, image_size=32),
+            open_clip.CLIPTextCfg(context_length=8, vocab_size=16, width=16, heads=1, layers=1),
+        )
+    )
+
+
+def torchvision_vit() -> Any:
+    import torchvision
+
+    return randomised(
+        torchvision.models.VisionTransformer(
+            image_size=32, patch_size=4, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=32, num_classes=5
+        )
+    )
+
+
+class HandMade(nn.Module):
+    """A ViT of one's own, with ``forward_features``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = 32, 4
+        self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 32))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 65, 32))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 48, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(32)
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        tokens = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.forward_features(pixels)[:, 0]
+
+
+def hand_made() -> Any:
+    return randomised(HandMade())
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# -- every host gains --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [vit, dinov2, clip, open_clip_model, torchvision_vit, hand_made])
+def test_every_host_gains_on_held_out_images(build: Callable[[], Any], photos: Path) -> None:
+    model = build()
+    before = weights(model)
+    random = torch.get_rng_state()
+    result = anypatch.tune(model, images=photos, patch_size=8, steps=12, learning_rate=1e-3, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), random)
+    (row,) = result.rows
+    assert result.model is model
+    assert result.gained
+    assert anypatch.geometry(model).patch_size == (8, 8)
+    gain = [row[f"{name}_after"] - row[f"{name}_before"] for name in ("fidelity", "patch_fidelity")]
+    assert sum(gain) > 0.005
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any("text" in name or name.startswith(("transformer", "token_embedding")) for name in changed)
+
+
+def test_the_fidelity_that_is_reported_is_there(photos: Path) -> None:
+    """Computed anew from the saved model, by the library itself and another cosine."""
+    model = vit()
+    native = copy.deepcopy(model)
+    result = anypatch.tune(model, images=photos, patch_size=8, steps=12, learning_rate=1e-3, **OPTIONS)
+    from anypatch.measure.preprocess import preprocess_of
+    from anypatch.tuning.data import split
+
+    held = split(photos, 0).held_out
+    used = preprocess_of(native)
+    pixels = torch.stack(
+        [
+            used.normalise(torch.from_numpy(np.array(used.view(held.load(i), (32, 32)))).permute(2, 0, 1)[None])[0]
+            for i in range(len(held))
+        ]
+    )
+    with torch.no_grad():
+        one, two = (m.forward_head(m.forward_features(pixels), pre_logits=True) for m in (native, model))
+    cosine = ((one * two).sum(1) / one.norm(dim=1) / two.norm(dim=1)).mean().item()
+    assert result.rows[0]["fidelity_after"] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_several_patch_sizes_share_the_native_weights(photos: Path, tmp_path: Path) -> None:
+    model = vit()
+    result = anypatch.tune(
+        model, images=photos, patch_size=(2, 4, 8), steps=16, learning_rate=5e-4, output=tmp_path / "out", **OPTIONS
+    )
+    assert anypatch.geometry(model).patch_size == (4, 4)
+    assert [row["patch_size"] for row in result.rows] == ["2x2", "4x4", "8x8"]
+    for row in result.rows:
+        if row["patch_size"] == "4x4":
+            assert row["fidelity_before"] == pytest.approx(1, abs=1e-6)
+        else:
+            after = row["fidelity_after"] + row["patch_fidelity_after"]
+            assert after >= row["fidelity_before"] + row["patch_fidelity_before"]
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(pixels), model(pixels), rtol=0, atol=0)
+    torch.testing.assert_close(
+        anypatch.load(str(tmp_path / "out"), patch_size=8).eval()(pixels), anypatch.at(model, 8)(pixels), rtol=0, atol=0
+    )
+
+
+def test_other_image_sizes(photos: Path) -> None:
+    for options in ({"image_size": 48}, {"keep": "grid"}):
+        model = vit()
+        result = anypatch.tune(model, images=photos, patch_size=8, steps=2, learning_rate=1e-4, **options, **OPTIONS)
+        wanted = (48, 48) if "image_size" in options else (64, 64)
+        assert anypatch.geometry(model).image_size == wanted
+        assert result.rows[0]["image_size"] == f"{wanted[0]}x{wanted[0]}"
+
+
+# -- it does not harm --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.5, 1e-12])
+def test_a_rate_that_gains_nothing_leaves_the_adapted_model(rate: float, photos: Path) -> None:
+    model, adapted = vit(), anypatch.adapt(vit(), 8)
+    result = anypatch.tune(model, images=photos, patch_size=8, steps=4, learning_rate=rate, **OPTIONS)
+    (row,) = result.rows
+    after, before = (row[f"fidelity_{w}"] + row[f"patch_fidelity_{w}"] for w in ("after", "before"))
+    assert after >= before
+    if not result.gained:
+        assert same(weights(model), weights(adapted))
+        assert any("nothing was gained" in note for note in result.notes)
+    assert rate != 0.5 or not result.gained
+
+
+def test_a_loss_that_is_no_number_stops_the_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "CLIP", math.nan)
+    model, adapted = vit(), anypatch.adapt(vit(), 8)
+    result = anypatch.tune(model, images=photos, patch_size=8, steps=4, learning_rate=1e-4, **OPTIONS)
+    assert any("diverges" in note for note in result.notes)
+    assert same(weights(model), weights(adapted))
+
+
+def test_the_model_keeps_its_ways(photos: Path) -> None:
+    model = vit().half().train()
+    model.blocks[0].requires_grad_(False)
+    frozen = weights(model.blocks[0])
+    seen: list[int] = []
+    model.norm.register_forward_hook(lambda *_: seen.append(1))
+    anypatch.tune(model, images=photos, patch_size=8, steps=4, learning_rate=1e-3, **OPTIONS)
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert [p.requires_grad for p in model.blocks[0].parameters()] == [False] * len(frozen)
+    assert all(p.requires_grad for p in model.blocks[1].parameters())
+    assert same(weights(model.blocks[0]), frozen)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_adapters_are_merged(photos: Path) -> None:
+    pytest.importorskip("peft")
+    model = vit()
+    before, random = weights(model), torch.get_rng_state()
+    result = anypatch.tune(model, images=photos, patch_size=8, steps=10, learning_rate=1e-2, lora=4, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert result.gained
+    after = weights(model)
+    assert after.keys() == before.keys()
+    changed = {name for name in after if after[name].shape == before[name].shape}
+    changed = {name for name in changed if not torch.equal(after[name], before[name])}
+    assert changed
+    assert all(name.endswith("weight") and "norm" not in name for name in changed - {"pos_embed"})
+    difference = after["blocks.0.attn.qkv.weight"] - before["blocks.0.attn.qkv.weight"]
+    assert torch.linalg.matrix_rank(difference, rtol=1e-4) <= 4
+
+
+def test_mixed_precision(photos: Path) -> None:
+    model = vit()
+    result = anypatch.tune(model, images=photos, patch_size=8, steps=8, learning_rate=1e-3, precision="bf16", **OPTIONS)
+    assert result.settings["precision"] == "bf16"
+    assert result.gained
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# -- rate, time, resuming ----------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_found_and_minutes_become_steps(photos: Path) -> None:
+    model = vit()
+    result = anypatch.tune(model, images=photos, patch_size=8, minutes=0.08, **OPTIONS)
+    assert result.settings["learning_rate"] in schedule.trial_rates()
+    assert 1e-5 < result.settings["learning_rate"] < 1e-2  # of a tiny model with random weights
+    assert result.settings["steps"] >= 1
+    assert result.gained
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(photos: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {**OPTIONS, "images": photos, "patch_size": (2, 8), "steps": 10, "learning_rate": 1e-3}
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what.startswith("tuning") and done == 5:
+            raise StoppedError
+
+    whole = anypatch.tune(vit(), output=tmp_path / "whole", **arguments)
+    model = vit()
+    before = weights(model)
+    with pytest.raises(StoppedError):
+        anypatch.tune(model, output=tmp_path / "part", **{**arguments, "progress": interrupt})
+    assert same(weights(model), before)
+    assert [path.name for path in (tmp_path / "part").iterdir()] == [FILE]
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        anypatch.tune(model, output=tmp_path / "part", resume=True, **{**arguments, "learning_rate": 2e-3})
+    resumed = anypatch.tune(model, output=tmp_path / "part", resume=True, **arguments)
+    assert resumed.rows == whole.rows
+    assert resumed.curve == whole.curve
+    assert same(weights(model), weights(whole.model))
+    assert sorted(p.name for p in (tmp_path / "part").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    assert not (tmp_path / "part" / FILE).exists()
+
+
+def test_a_damaged_state_is_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match="damaged"):
+        anypatch.tune(
+            vit(), images=photos, patch_size=8, steps=2, learning_rate=1e-4, output=tmp_path, resume=True, **OPTIONS
+        )
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+def _work(rank: int, port: int, photos: Path, results: Any) -> None:
+    os.environ.update(
+        {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+         "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    model = vit()
+    result = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-3, **OPTIONS)
+    if rank == 0:
+        results.put((result.rows, {name: value.numpy() for name, value in model.state_dict().items()}))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_work, args=(rank, port, photos, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    model = vit()
+    alone = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-3, **OPTIONS)
+    rows, state = results.get(timeout=120)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    for one, two in zip(alone.rows, rows, strict=True):
+        for name, value in one.items():
+            assert two[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-3)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"patch_size": 32}, GeometryError, "leaves 1 tokens of 32x32"),
+        ({"patch_size": 7}, GeometryError, "does not divide"),
+        ({"patch_size": ()}, GeometryError, "names no size"),
+        ({"images": "nowhere"}, DataError, "no such folder"),
+        ({"minutes": 1e-6}, DataError, "no time for one step"),
+        ({"minutes": -1}, AnypatchError, "minutes must be above 0"),
+        ({"minutes": 1, "steps": 1}, AnypatchError, "not both"),
+        ({"steps": 0}, AnypatchError, "steps must be an int of at least 1"),
+        ({"batch_size": 2.5}, AnypatchError, "batch_size must be an int"),
+        ({"learning_rate": "fast"}, AnypatchError, "learning_rate must be"),
+        ({"learning_rate": -1.0}, AnypatchError, "learning_rate must be"),
+        ({"precision": "int8"}, AnypatchError, "precision must be one of no, bf16, fp16"),
+        ({"resume": True}, AnypatchError, "resume needs output"),
+        ({"lora": 0}, AnypatchError, "lora must be an int"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], error: type[Exception], says: str, photos: Path) -> None:
+    model = vit()
+    before = weights(model)
+    with pytest.raises(error, match=says):
+        anypatch.tune(model, **{**OPTIONS, "images": photos, "patch_size": 8, **options})
+    assert same(weights(model), before)
+
+
+def test_few_and_unreadable_images(photos: Path, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted(photos.iterdir())[:17]):
+        (tmp_path / path.name).write_bytes(path.read_bytes() if number > 1 else b"no image")
+    with pytest.raises(DataError, match="15 images that can be read, and 16 are the least"):
+        anypatch.tune(vit(), images=tmp_path, patch_size=8, steps=1, **OPTIONS)
+    (tmp_path / "more.png").write_bytes((photos / "20.png").read_bytes())
+    whole = (photos / "21.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # opens, and cannot be decoded
+    result = anypatch.tune(vit(), images=tmp_path, patch_size=8, steps=3, learning_rate=1e-4, **OPTIONS)
+    assert any("00.png" in note and "01.png" in note for note in result.notes)
+    assert any("cut.png" in note for note in result.notes)
+
+
+def test_models_without_features(photos: Path) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.img_size, self.patch_size = 32, 4
+            self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+            self.pos_embed = nn.Parameter(torch.zeros(1, 64, 32))
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed
+
+    with pytest.raises(UnsupportedModelError, match="no forward_features"):
+        anypatch.tune(Bare(), images=photos, patch_size=8, steps=1, **OPTIONS)
+
+
+def test_output_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError):
+        anypatch.tune(vit(), images=photos, patch_size=8, steps=1, output=tmp_path / "file", **OPTIONS)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# -- parts -------------------------------------------------------------------------------------------------------
+
+
+def test_every_image_comes_before_any_comes_twice() -> None:
+    drawn = [drawn_image(3, sample, 7) for sample in range(21)]
+    assert [sorted(drawn[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert drawn[:7] != drawn[7:14]
+
+
+def test_crops_lie_inside() -> None:
+    random = np.random.default_rng(0)
+    for width, height in ((80, 64), (10, 400), (400, 10)):
+        for _ in range(50):
+            left, top, right, bottom = random_box(width, height, random, 1.0)
+            assert 0 <= left < right <= width + 1e-9
+            assert 0 <= top < bottom <= height + 1e-9
+
+
+def test_the_loss_by_hand() -> None:
+    student = Features(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, 2, 1), torch.tensor([[0.0, 0.0]]))
+    teacher = Features(torch.tensor([[1.0, 1.0]]), -torch.ones(1, 4, 4, 1), torch.tensor([[math.log(3.0), 0.0]]))
+    found = distances(student, teacher)
+    assert found.pooled.item() == pytest.approx(1 - 1 / math.sqrt(2))
+    assert found.patches.item() == pytest.approx(2)
+    assert found.classes.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+
+
+def test_result_and_report(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    result = anypatch.tune(vit(), images=photos, patch_size=8, steps=4, learning_rate=1e-3, output=tmp_path, **OPTIONS)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert result.says in (tmp_path / "TUNING.md").read_text()
+    said = json.loads((tmp_path / "tune.json").read_text())
+    assert said["rows"] == result.rows
+    assert (tmp_path / "tune.csv").read_text().count("\n") == 2
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert len(result.to_pandas()) == 1
+    assert result.plot().axes[0].get_xlabel() == "steps"
+
+
+def test_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from anypatch.cli import run
+
+    native = vit()
+    anypatch.save(native, tmp_path / "native")
+    command = ["tune", str(tmp_path / "native"), "--images", str(photos), "--patch-size", "8", "--steps", "4"]
+    command += ["--output", str(tmp_path / "tuned"), "--learning-rate", "1e-3", "--workers", "0", "--device", "cpu"]
+    assert run([*command, "--json", "--quiet"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["rows"][0]["patch_size"] == "8x8"
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True)
+    assert loaded.patch_embed.patch_size == (8, 8)
+    assert run([*command[:-2], "--steps", "0"]) == 2
