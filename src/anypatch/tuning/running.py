@@ -20,7 +20,7 @@ from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, Size, SizeLike, as_size, show
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
-from anypatch.errors import CheckpointError, DataError, GeometryError
+from anypatch.errors import CheckpointError, DataError, GeometryError, UnsupportedModelError
 from anypatch.files.atomic import replacing_file
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.loading import load_model
@@ -209,8 +209,12 @@ class Run:
         pair = Pair(teacher, student, faces, held_out, [], self.precision, device)
         if not held_out[teacher.image_size]:
             raise DataError("none of the held-out images can be read")
-        with torch.no_grad(), pair.cast():
-            pair.wanted += [teacher(batch) for batch in held_out[teacher.image_size]]
+        try:
+            with torch.no_grad(), pair.cast():
+                pair.wanted += [teacher(batch) for batch in held_out[teacher.image_size]]
+        except (TypeError, ValueError, AttributeError, IndexError) as error:  # a forward that wants more than pixels
+            name = type(unwrap(self.user)).__name__
+            raise UnsupportedModelError(f"the features of {name} cannot be read from images alone: {error}") from error
         return pair
 
     def _state(self, trainer: Trainer, checkpoint: Checkpoint) -> State:

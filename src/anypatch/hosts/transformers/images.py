@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from anypatch.core.twins import Subject
-from anypatch.errors import DataError
+from anypatch.errors import DataError, UnsupportedModelError
 from anypatch.hosts.images import IMAGENET, Classes, Encode, Features, Preprocess, captured, on_grid
 
 
@@ -96,6 +97,8 @@ def features(subject: Subject, pixels: Tensor) -> Features:
     """What the model returns beside the hidden states of its vision part."""
     model: Any = subject.model
     if hasattr(model, "get_image_features"):
+        if not hasattr(model, "vision_model"):
+            return _of_tower(subject, pixels)
         with captured(model.vision_model) as seen:
             pooled = model.get_image_features(pixel_values=pixels)
         return Features(_tensor(pooled, "pooler_output"), on_grid(subject, _hidden(seen[-1]), pixels))
@@ -112,6 +115,29 @@ def features(subject: Subject, pixels: Tensor) -> Features:
         has_class_token = hidden.dim() == 3 and subject.geometry.prefix_tokens > 0
         pooled = hidden[:, 0] if has_class_token else patches.mean((1, 2))
     return Features(pooled, patches, logits if isinstance(logits, Tensor) and logits.dim() == 2 else None)
+
+
+def _of_tower(subject: Subject, pixels: Tensor) -> Features:
+    """The hidden states of the image tower inside a vision-language model, which the language model is given.
+
+    Raises:
+        UnsupportedModelError: no tower takes plain images.
+    """
+    configs = [part.config for part in subject.about.parts if part.path]
+    inside: Any = (m for m in subject.model.modules() if any(getattr(m, "config", None) is c for c in configs))
+    tower: Any = next((m for m in inside if "pixel_values" in inspect.signature(m.forward).parameters), None)
+    if tower is None:
+        raise UnsupportedModelError(f"{type(subject.model).__name__} has no image tower whose features can be read")
+    try:
+        output = tower(pixels)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"the {type(tower).__name__} in {type(subject.model).__name__} takes no plain images: {error}"
+        ) from error
+    hidden = _hidden(output)
+    patches = on_grid(subject, hidden, pixels)
+    has_class_token = hidden.dim() == 3 and subject.geometry.prefix_tokens > 0
+    return Features(hidden[:, 0] if has_class_token else patches.mean((1, 2)), patches)
 
 
 def _hidden(output: Any) -> Tensor:
