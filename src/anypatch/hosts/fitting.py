@@ -325,7 +325,7 @@ def load_open_clip(name: str, checkpoint: Checkpoint, host_kwargs: dict[str, Any
         CheckpointError: the file does not fit ``name``.
         UnsupportedModelError: open_clip knows no such model.
     """
-    from anypatch.hosts.open_clip import model as host
+    from anypatch.hosts.open_clip import config as host
 
     checkpoint.require_one()
     name = name.split("/")[0]

@@ -10,21 +10,14 @@ in which a structural rule has set what follows the geometry:
 
 Whatever else has the size of the grid cannot be explained, and is an error that names it. Where a model holds one
 model of a host library (``self.backbone = timm.create_model(...)``), that library's file describes it.
-
-``save`` writes ``model.safetensors`` and ``geometry.json`` (patch size, image size, class). Without anypatch: build the
-class at that geometry, then ``model.load_state_dict(safetensors.torch.load_file(...))``.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +29,8 @@ from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
 from anypatch.core.tables import ANTIALIASED, Sampling
 from anypatch.core.twins import Subject, Twins
-from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
-from anypatch.hosts.base import Example, Host, class_tokens
-from anypatch.hosts.rebuilding import contiguous
+from anypatch.errors import GeometryError, UnsupportedModelError
+from anypatch.hosts.base import Host, class_tokens
 from anypatch.hosts.structural.following import FRAME_NAMES, IMAGE_NAMES, PATCH_NAMES, entries, follow, ints, kinds
 from anypatch.hosts.structural.heads import pixel_heads
 from anypatch.hosts.structural.probing import require_rectangular
@@ -81,10 +73,10 @@ def recognises(model: nn.Module) -> bool:
 
 
 def subject(model: nn.Module) -> Subject:
-    held = _held(model)
+    held = held_in(model)
     if held is not None:
         return held
-    layout = _layout(model)
+    layout = layout_of(model)
     orders = {rf"^{re.escape(path)}\.(weight|bias)$": order for path, (_, order) in layout.heads.items() if order}
     facts = Facts(orders=orders, sampling=Sampling(antialias=False))  # as DINO, DINOv2 and MAE
     return Subject(model, layout.geometry, build=lambda g: _build(model, layout, g), facts=facts)
@@ -93,7 +85,7 @@ def subject(model: nn.Module) -> Subject:
 # -- a model that holds a host library's model -----------------------------------------------------------------
 
 
-def _held(model: nn.Module) -> Subject | None:
+def held_in(model: nn.Module) -> Subject | None:
     """The one host library's model inside ``model``, described by that library's file."""
     from anypatch.hosts import HOSTS
 
@@ -124,7 +116,7 @@ def _held(model: nn.Module) -> Subject | None:
 # -- the structural rule ---------------------------------------------------------------------------------------
 
 
-def _layout(model: nn.Module) -> Layout:
+def layout_of(model: nn.Module) -> Layout:
     stem = _stem(model)
     conv = model.get_submodule(stem)
     assert isinstance(conv, CONVOLUTIONS)
@@ -559,101 +551,3 @@ def _may_span(owner: nn.Module, name: str, tensor: Tensor) -> set[int]:
     if isinstance(tensor, nn.Parameter) and tensor.ndim < 2:
         return set()
     return set(tensor.shape)
-
-
-# -- examples, loading, saving ---------------------------------------------------------------------------------
-
-
-def example(subject: Subject) -> Example:
-    model, geometry = subject.model, subject.geometry
-    held = _held(model)
-    if held is not None:
-        host, inner = held.about
-        return Example(host.example(inner).shape, _call)
-    layout = _layout(model)
-    size = geometry.image_size
-    if size is None:
-        size = tuple(8 * p for p in geometry.patch_size)
-    heads = list(layout.heads)
-    masked = hasattr(model, "forward_encoder") and hasattr(model, "forward_decoder") and heads
-    call = _masked(heads[0]) if masked else _call
-    return Example((2, _channels(model, layout, call, size), *size), call)
-
-
-def _channels(model: nn.Module, layout: Layout, call: Callable[[nn.Module, Tensor], Any], size: Size) -> int:
-    """Channels of the image: the stem's, or those of all stems that read it side by side."""
-    stems: list[Any] = [model.get_submodule(path) for path in layout.stems]
-    first: Any = model.get_submodule(layout.stem)
-    if len(stems) < 2:
-        return int(first.in_channels)
-    device = first.weight.device
-    try:
-        with torch.no_grad():
-            call(model, torch.zeros((1, first.in_channels, *size), device=device))
-    except Exception:
-        return sum(stem.in_channels for stem in stems)
-    return int(first.in_channels)
-
-
-def _call(model: nn.Module, pixels: Tensor) -> Any:
-    try:
-        inspect.signature(model.forward).bind(pixels)
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"the forward of {type(model).__name__} takes other inputs than pixels, which check does not feed yet: "
-            f"{error}"
-        ) from error
-    return model(pixels)
-
-
-def _masked(head: str) -> Callable[[nn.Module, Tensor], Any]:
-    """A masked autoencoder: what its encoder returns, and what its pixel head sees."""
-
-    def call(model: Any, pixels: Tensor) -> Any:
-        seen: list[Tensor] = []
-        hook = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            latent, mask, order = model.forward_encoder(pixels, 0.75)
-            model.forward_decoder(latent, order)
-        finally:
-            hook.remove()
-        return latent, mask, seen
-
-    return call
-
-
-def load(name: str, **host_kwargs: Any) -> nn.Module:
-    """``REPO:NAME`` by ``torch.hub.load``; REPO is a directory with a ``hubconf.py``, or ``owner/name[:branch]``."""
-    repo, _, entry = name.rpartition(":")
-    if not repo or not entry:
-        raise UnsupportedModelError(f"hub:{name} must be hub:REPO:NAME, with a directory or owner/name as REPO")
-    host_kwargs.setdefault("source", "local" if Path(repo).is_dir() else "github")
-    try:
-        return torch.hub.load(repo, entry, **host_kwargs)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"torch.hub cannot load {entry} from {repo}: {error}") from error
-
-
-def build(name: str, **host_kwargs: Any) -> nn.Module:
-    """By the entry point's own ``pretrained=False``; one that takes no such argument has no weights to leave out."""
-    try:
-        return load(name, pretrained=False, **host_kwargs)
-    except TypeError:
-        return load(name, **host_kwargs)
-
-
-def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
-    """Write the state dict and the geometry (see this module's docstring)."""
-    from safetensors.torch import save_file
-
-    geometry = subject(model).geometry
-    save_file(contiguous(model, type(model).__name__), directory / "model.safetensors")
-    record = {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "patch_size": geometry.patch_size,
-        "image_size": geometry.image_size,
-        "grid": geometry.grid,
-        "prefix_tokens": geometry.prefix_tokens,
-        **extras,
-    }
-    (directory / "geometry.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -11,8 +12,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from torch import nn
+
 from anypatch.errors import CheckpointError
 from anypatch.files.configs import PLACE, entries, read_config, require_allowed, require_name
+from anypatch.hosts.base import unknown
+from anypatch.hosts.rebuilding import contiguous, require_rebuilds
+from anypatch.hosts.timm.model import NAME, sizes_of, stem_of, title_of
+from anypatch.hosts.timm.private import core_of, recorded
 
 # What timm's factory takes besides the constructor's own arguments, and records. Not among them: checkpoint_path and
 # cache_dir, which open files, pretrained and whatever begins so.
@@ -148,3 +155,77 @@ def require_nested(config: dict[str, Any], path: Path) -> None:
 
 def _is_place(value: Any) -> bool:
     return isinstance(value, str) and bool(PLACE.search(value))
+
+
+def load(name: str, **host_kwargs: Any) -> nn.Module:
+    import timm
+
+    _require_known(name)
+    host_kwargs.setdefault("pretrained", True)
+    return timm.create_model(name, **host_kwargs)
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    import timm
+
+    _require_known(name)
+    return timm.create_model(name, pretrained=False, **host_kwargs)
+
+
+def names() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+def _require_known(name: str) -> None:
+    import timm
+
+    if name.startswith("local-dir:"):
+        checked_folder(Path(name.partition(":")[2]))
+    elif ":" not in name and not timm.is_model(name.partition(".")[0]):
+        raise unknown(NAME, name, names())
+
+
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
+    """Write a directory that ``timm.create_model("local-dir:...", pretrained=True)`` takes.
+
+    A head that was replaced by a linear layer, or taken off, is written as the number of classes that makes it.
+
+    Raises:
+        UnsupportedModelError: timm could not rebuild this model at its present geometry.
+    """
+    import timm
+    from safetensors.torch import save_file
+    from timm.models._hub import save_config_for_hf
+
+    stem = stem_of(model)
+    if not recorded(model) and type(core_of(model)).__name__ != "TNT":
+        extras["model_args"] = {**sizes_of(model, stem.geometry, stem), **extras.get("model_args", {})}
+    title = f"timm's {title_of(model)}"
+    save_file(contiguous(model, title), directory / "model.safetensors")
+    save_config_for_hf(_with_classes(model), str(directory / "config.json"), **extras)
+    require_rebuilds(directory, model, lambda: timm.create_model(f"local-dir:{directory}"), title)
+
+
+def _with_classes(model: Any) -> Any:
+    """The model as its configuration has to describe it: with the number of classes that its head has."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    core = core_of(model)
+    if core is not model or not isinstance(getattr(model, "num_classes", None), int):
+        return model
+    counts = set()
+    for name in [names] if isinstance(names, str) else names:
+        path = name
+        while path and core.get_submodule(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2]) is None:
+            path = path.rpartition(".")[0]  # the head around the classifier was replaced
+        head = core.get_submodule(path) if path else None
+        counts.add(0 if isinstance(head, nn.Identity) else getattr(head, "out_features", model.num_classes))
+    if len(counts) != 1 or counts == {model.num_classes}:
+        return model
+    described = copy.copy(model)  # a second name for the same modules
+    described.num_classes = counts.pop()
+    for record in ("_traits", "_model_args"):
+        if "num_classes" in (vars(model).get(record) or {}):
+            setattr(described, record, {**vars(model)[record], "num_classes": described.num_classes})
+    return described

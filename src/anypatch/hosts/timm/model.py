@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,9 +22,8 @@ from anypatch.core.limits import LimitError
 from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
-from anypatch.hosts.base import Example, class_tokens, comes_from, pair, plain, unknown
-from anypatch.hosts.rebuilding import contiguous, require_rebuilds
-from anypatch.hosts.timm.files import checked_folder
+from anypatch.hosts.base import Example, class_tokens, comes_from, pair, plain
+from anypatch.hosts.timm.private import core_of, recorded
 
 NAME = "timm"
 
@@ -65,8 +63,8 @@ def recognises(model: nn.Module) -> bool:
 
 
 def subject(model: Any) -> Subject:
-    stem = _stem(model)
-    core = _core(model)
+    stem = stem_of(model)
+    core = core_of(model)
     prefix = next((f"{name}." for name, child in model._modules.items() if child is core), "")
     projections = tuple(prefix + path for path in stem.paths)
 
@@ -75,7 +73,7 @@ def subject(model: Any) -> Subject:
             raise UnsupportedModelError(stem.refusal)
         twin = _build(model, geometry, stem)
         _require_merged(twin, geometry)
-        if not _recorded(model) and geometry == stem.geometry:
+        if not recorded(model) and geometry == stem.geometry:
             _require_same_layout(model, twin)
         return twin
 
@@ -111,19 +109,21 @@ def sizes(model: Any, geometry: Geometry) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: there are none.
     """
-    stem = _stem(model)
-    if type(_core(model)).__name__ == "TNT":
-        raise UnsupportedModelError(f"no arguments of timm's {_title(model)} scale its pixel embedding with the patch")
+    stem = stem_of(model)
+    if type(core_of(model)).__name__ == "TNT":
+        raise UnsupportedModelError(
+            f"no arguments of timm's {title_of(model)} scale its pixel embedding with the patch"
+        )
     if stem.refusal is not None and geometry.patch_size != stem.geometry.patch_size:
         raise UnsupportedModelError(stem.refusal)
-    return _sizes(model, geometry, stem)
+    return sizes_of(model, geometry, stem)
 
 
 # -- what the stem is ------------------------------------------------------------------------------------------
 
 
-def _stem(model: Any) -> Stem:
-    core = _core(model)
+def stem_of(model: Any) -> Stem:
+    core = core_of(model)
     kind = type(core).__name__
     path = _first_layer(model)
     embed: Any = getattr(core, "patch_embed", None)
@@ -141,13 +141,13 @@ def _stem(model: Any) -> Stem:
     if path is None or not isinstance(projection, (_ConvNd, nn.Linear)):
         first = next((f": {name} is {layer}" for name, layer in core.named_modules() if isinstance(layer, _ConvNd)), "")
         raise UnsupportedModelError(
-            f"{_title(model)} has no patch embedding that anypatch can find: timm names no convolution or linear layer "
-            f"as the first that sees pixels{first}"
+            f"{title_of(model)} has no patch embedding that anypatch can find: timm names no convolution or linear "
+            f"layer as the first that sees pixels{first}"
         )
     if isinstance(projection, nn.Linear):
         size = getattr(_parent(model, path), "patch_size", None)
         if size is None:
-            raise UnsupportedModelError(f"{path} of {_title(model)} is a linear layer whose patch size is not known")
+            raise UnsupportedModelError(f"{path} of {title_of(model)} is a linear layer whose patch size is not known")
         patch = pair(size)
         return Stem(_geometry(model, patch, patch, path), (path,))
     stride, kernel = tuple(projection.stride), tuple(projection.kernel_size)
@@ -161,7 +161,7 @@ def _stem(model: Any) -> Stem:
         others = sum(isinstance(m, _ConvNd) for m in core.modules()) - 1
         more = f", and {others} more convolutions follow it" if others > 1 else ""
         raise UnsupportedModelError(
-            f"{path} of {_title(model)} is an overlapping convolution (kernel {show(kernel)}, stride {show(stride)}, "
+            f"{path} of {title_of(model)} is an overlapping convolution (kernel {show(kernel)}, stride {show(stride)}, "
             f"padding {projection.padding}){more}: its stem is not one linear map per patch"
         )
     geometry = _geometry(model, stride, kernel, path)
@@ -172,7 +172,7 @@ def _stem(model: Any) -> Stem:
     refusal = None
     if kind == "CoaT":
         refusal = (
-            f"{_title(model)} builds patch_embed2 for a quarter of the image whatever the patch is: "
+            f"{title_of(model)} builds patch_embed2 for a quarter of the image whatever the patch is: "
             f"only its image_size can change"
         )
     return Stem(geometry, (path,), refusal)
@@ -190,8 +190,8 @@ def _behind_backbone(model: Any, core: Any, embed: Any) -> Stem:
     if isinstance(embed.proj, nn.Identity):
         return Stem(
             geometry,
-            refusal=f"{_title(model)} has no projection after patch_embed.backbone ({type(embed.backbone).__name__}), "
-            f"which is not one linear map per patch: only its image_size can change",
+            refusal=f"{title_of(model)} has no projection after patch_embed.backbone ({type(embed.backbone).__name__}"
+            f"), which is not one linear map per patch: only its image_size can change",
         )
     return Stem(geometry, ("patch_embed.proj",), unit=unit)
 
@@ -205,22 +205,15 @@ def _backbone(core: Any) -> str | None:
 
 
 def _geometry(model: Any, patch: Size, kernel: Size, path: str | None) -> Geometry:
-    core = _core(model)
+    core = core_of(model)
     prefix = getattr(core, "num_prefix_tokens", None)
     if prefix is None:
         prefix = class_tokens(core)
     return Geometry(patch, _image_size(model, path), prefix, NAME, kernel_size=kernel)
 
 
-def _core(model: Any) -> Any:
-    """The model inside a feature extractor, where it is kept whole."""
-    if not type(model).__module__.startswith("timm.models._features"):
-        return model
-    return next((model._modules[name] for name in ("model", "body") if name in model._modules), model)
-
-
-def _title(model: Any) -> str:
-    return f"{type(_core(model)).__name__} ({model.pretrained_cfg['architecture']})"
+def title_of(model: Any) -> str:
+    return f"{type(core_of(model)).__name__} ({model.pretrained_cfg['architecture']})"
 
 
 def _first_layer(model: Any) -> str | None:
@@ -228,7 +221,7 @@ def _first_layer(model: Any) -> str | None:
     name = getattr(model, "_traits", {}).get("first_conv") or model.pretrained_cfg.get("first_conv")
     if isinstance(name, (tuple, list)):
         name = name[0] if name else None
-    core = _core(model)
+    core = core_of(model)
     names = [name] if isinstance(name, str) else []
     # encoders that timm lists without naming a first layer; feature extractors that flatten the stem
     names += ["patch_embed.proj", "patch_embed.input_proj"]
@@ -249,15 +242,15 @@ def _unwrapped(layer: nn.Module) -> nn.Module:
 
 
 def _layer(model: Any, path: str) -> nn.Module:
-    return _unwrapped(_core(model).get_submodule(path))
+    return _unwrapped(core_of(model).get_submodule(path))
 
 
 def _parent(model: Any, path: str) -> nn.Module:
-    return _core(model).get_submodule(path.rpartition(".")[0])
+    return core_of(model).get_submodule(path.rpartition(".")[0])
 
 
 def _image_size(model: Any, path: str | None) -> Size:
-    core = _core(model)
+    core = core_of(model)
     parent = None if path is None else _parent(model, path)
     for size in (
         getattr(parent, "img_size", None),
@@ -308,10 +301,10 @@ def _branches(core: Any, geometry: Geometry) -> list[tuple[int, Size]]:
 
 
 def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
-    core = _core(model)
+    core = core_of(model)
     if type(core).__name__ == "TNT":
         return _build_tnt(model, core, geometry)
-    sizes = _sizes(model, geometry, stem)
+    sizes = sizes_of(model, geometry, stem)
     try:
         return _create(model, _arguments(model), sizes)
     except LimitError:
@@ -320,7 +313,7 @@ def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
         if isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in str(error):
             raise  # a constructor that reads its parameters' values is built for real
         raise UnsupportedModelError(
-            f"timm cannot build {_title(model)} with patch_size {show(geometry.patch_size)} and image_size "
+            f"timm cannot build {title_of(model)} with patch_size {show(geometry.patch_size)} and image_size "
             f"{show(geometry.image_size)}: {error or type(error).__name__}"
         ) from error
 
@@ -342,9 +335,9 @@ def _require_merged(twin: nn.Module, geometry: Geometry) -> None:
         )
 
 
-def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
+def sizes_of(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
     """The constructor's arguments that make a model of this geometry."""
-    core = _core(model)
+    core = core_of(model)
     kind, arguments = type(core).__name__, _arguments(model)
     assert geometry.image_size is not None
     patch = tuple(p // u for p, u in zip(geometry.patch_size, stem.unit, strict=True))
@@ -360,18 +353,18 @@ def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
     if kind == "PoolingVisionTransformer":
         assert geometry.kernel_size is not None
         if len(set(geometry.patch_size)) > 1:
-            raise UnsupportedModelError(f"{_title(model)} takes one stride for both axes")
+            raise UnsupportedModelError(f"{title_of(model)} takes one stride for both axes")
         sizes |= {"patch_size": plain(geometry.kernel_size), "stride": geometry.patch_size[0]}
     elif kind == "ConVit" and len(set(geometry.grid or ())) > 1:
         raise GeometryError(
-            f"{_title(model)} computes its local attention for square grids only: image_size "
+            f"{title_of(model)} computes its local attention for square grids only: image_size "
             f"{show(geometry.image_size)} and patch_size {show(geometry.patch_size)} give {show(geometry.grid)}"
         )
     elif kind == "CrossVit":
         sizes["patch_size"] = tuple(patch for patch, _ in _branches(core, geometry))
     elif kind == "Sequencer2d":
         if len(set(geometry.patch_size)) > 1:
-            raise UnsupportedModelError(f"{_title(model)} takes square patches only")
+            raise UnsupportedModelError(f"{title_of(model)} takes square patches only")
         later = [stage.downsample.down.stride[0] for stage in core.stages[1:]]
         sizes = {"img_size": sizes["img_size"], "patch_sizes": [geometry.patch_size[0], *later]}
     accepted = _accepted(model)
@@ -379,23 +372,13 @@ def _sizes(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
     if "img_size" not in accepted and not open_ended and "img_size" not in arguments:
         del sizes["img_size"]
     same_patch = geometry.patch_size == stem.geometry.patch_size
-    if (
-        same_patch
-        and "patch_size" not in arguments
-        and geometry.kernel_size == geometry.patch_size
-        and _recorded(model)
-    ):
+    if same_patch and "patch_size" not in arguments and geometry.kernel_size == geometry.patch_size and recorded(model):
         sizes.pop("patch_size", None)
     elif not {"patch_size", "patch_sizes"} & accepted and not open_ended:
         raise UnsupportedModelError(
-            f"timm's {_title(model)} takes no patch_size, so no model of its own could hold another patch"
+            f"timm's {title_of(model)} takes no patch_size, so no model of its own could hold another patch"
         )
     return sizes
-
-
-def _recorded(model: Any) -> bool:
-    """Whether timm kept what the model was made with: ``create_model`` of timm 1.0.31 and later does."""
-    return "_model_args" in vars(model)
 
 
 def _require_same_layout(model: Any, twin: nn.Module) -> None:
@@ -409,7 +392,7 @@ def _require_same_layout(model: Any, twin: nn.Module) -> None:
     for name in {**live, **built}:
         if live.get(name) != built.get(name):
             raise UnsupportedModelError(
-                f"{_title(model)} was made with arguments that timm did not record ({name} is {live.get(name)}, "
+                f"{title_of(model)} was made with arguments that timm did not record ({name} is {live.get(name)}, "
                 f"by default {built.get(name)}): make it with timm.create_model of timm 1.0.31 or later"
             )
 
@@ -421,7 +404,7 @@ def _arguments(model: Any) -> dict[str, Any]:
     for name in ("num_classes", "in_chans"):
         if isinstance(getattr(model, name, None), int) and not arguments.get("features_only"):
             arguments[name] = getattr(model, name)
-    if not _recorded(model):
+    if not recorded(model):
         arguments.setdefault("in_chans", _channels(model))
     return arguments
 
@@ -430,13 +413,13 @@ def _channels(model: Any) -> int:
     """Channels of the input."""
     path = _first_layer(model)
     layer = None if path is None else _layer(model, path)
-    channels = getattr(_core(model), "in_chans", None) or getattr(layer, "in_channels", None)
+    channels = getattr(core_of(model), "in_chans", None) or getattr(layer, "in_channels", None)
     return int(channels or model.pretrained_cfg["input_size"][0])
 
 
 def _class(model: Any) -> type[nn.Module]:
     """The class of the model itself, also where a feature extractor has taken it apart."""
-    core = _core(model)
+    core = core_of(model)
     if not type(core).__module__.startswith("timm.models._features"):
         return type(core)
     import timm
@@ -465,7 +448,7 @@ def _create(model: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> Any
     arguments = {k: v for k, v in arguments.items() if k not in sizes}
     with _constructing(_class(model), sizes):
         twin = timm.create_model(name, **arguments)
-    if _recorded(twin):
+    if recorded(twin):
         twin._model_args = {**twin._model_args, **sizes}
     if "img_size" in sizes and hasattr(twin, "_traits"):
         twin._traits = {**twin._traits, "img_size": pair(sizes["img_size"])}
@@ -507,11 +490,11 @@ def _build_tnt(model: Any, core: Any, geometry: Geometry) -> Any:
     twin = _create(model, _arguments(model), sizes)
     if geometry.patch_size == native:
         return twin
-    inner = _core(twin).pixel_embed
+    inner = core_of(twin).pixel_embed
     ratio = [Fraction(new, old) for new, old in zip(geometry.patch_size, native, strict=True)]
     if any(r.denominator != 1 for r in ratio):
         raise GeometryError(
-            f"{_title(model)} embeds pixels by a padded 7x7 convolution, which scales by whole factors only: "
+            f"{title_of(model)} embeds pixels by a padded 7x7 convolution, which scales by whole factors only: "
             f"patch_size must be a multiple of {show(native)}, got {show(geometry.patch_size)}"
         )
     scaled: Any = [
@@ -522,7 +505,7 @@ def _build_tnt(model: Any, core: Any, geometry: Geometry) -> Any:
     inner.img_size, inner.patch_size = geometry.image_size, geometry.patch_size
     if not inner.legacy:
         inner.unfold = nn.Unfold(kernel_size=geometry.patch_size, stride=geometry.patch_size)
-    for info in _core(twin).feature_info:
+    for info in core_of(twin).feature_info:
         info["reduction"] = max(geometry.patch_size)
     if hasattr(twin, "_traits"):
         twin._traits = {**twin._traits, "img_size": geometry.image_size}
@@ -533,7 +516,7 @@ def _bookkeeping(model: Any, geometry: Geometry) -> list[tuple[nn.Module, str, A
     """The size that ``timm.data.resolve_model_data_config`` reads."""
     assert geometry.image_size is not None
     cfg = copy.deepcopy(model.pretrained_cfg)
-    patch, grid = _stem(model).geometry.patch_size, geometry.grid
+    patch, grid = stem_of(model).geometry.patch_size, geometry.grid
     for pool, size in (("pool_size", "input_size"), ("test_pool_size", "test_input_size")):
         if cfg.get(pool) and cfg.get(size) and grid is not None:  # the last stage's map at that size: follows the grid
             sides = zip(pair(cfg[pool]), grid, patch, cfg[size][-2:], strict=True)
@@ -554,10 +537,10 @@ def example(subject: Subject) -> Example:
 
 def example_at(model: Any, geometry: Geometry) -> Example:
     """What to feed a model that stands alone or as the tower of another library's."""
-    core = _core(model)
+    core = core_of(model)
     assert geometry.image_size is not None
     if _backbone(core) is not None and not isinstance(core.patch_embed.proj, nn.Identity):
-        unit = _stem(model).unit
+        unit = stem_of(model).unit
         fed = tuple(s // u for s, u in zip(geometry.image_size, unit, strict=True))
         return Example((2, core.patch_embed.proj.in_channels, *fed), _after_backbone, unit=unit)
     call = _cropping if type(core).__name__ == "CrossVit" else lambda m, pixels: m(pixels)
@@ -566,7 +549,7 @@ def example_at(model: Any, geometry: Geometry) -> Example:
 
 def _after_backbone(model: Any, features: Tensor) -> Any:
     """The model on a feature map of its backbone: what comes before the map is not linear and does not change."""
-    embed, name = _core(model).get_submodule("patch_embed"), str(_backbone(_core(model)))
+    embed, name = core_of(model).get_submodule("patch_embed"), str(_backbone(core_of(model)))
     backbone = embed.get_submodule(name)
     embed._modules[name] = nn.Identity()
     try:
@@ -581,86 +564,9 @@ def _cropping(model: Any, pixels: Tensor) -> Any:
     A bicubic resize of the image does not commute with enlarging its patches, a crop does; every weight and position
     of both branches is proved all the same.
     """
-    core = _core(model)
+    core = core_of(model)
     crop, core.crop_scale = core.crop_scale, True
     try:
         return model(pixels)
     finally:
         core.crop_scale = crop
-
-
-# -- timm's own formats ----------------------------------------------------------------------------------------
-
-
-def load(name: str, **host_kwargs: Any) -> nn.Module:
-    import timm
-
-    _require_known(name)
-    host_kwargs.setdefault("pretrained", True)
-    return timm.create_model(name, **host_kwargs)
-
-
-def build(name: str, **host_kwargs: Any) -> nn.Module:
-    import timm
-
-    _require_known(name)
-    return timm.create_model(name, pretrained=False, **host_kwargs)
-
-
-def names() -> list[str]:
-    import timm
-
-    return timm.list_models()
-
-
-def _require_known(name: str) -> None:
-    import timm
-
-    if name.startswith("local-dir:"):
-        checked_folder(Path(name.partition(":")[2]))
-    elif ":" not in name and not timm.is_model(name.partition(".")[0]):
-        raise unknown(NAME, name, names())
-
-
-def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
-    """Write a directory that ``timm.create_model("local-dir:...", pretrained=True)`` takes.
-
-    A head that was replaced by a linear layer, or taken off, is written as the number of classes that makes it.
-
-    Raises:
-        UnsupportedModelError: timm could not rebuild this model at its present geometry.
-    """
-    import timm
-    from safetensors.torch import save_file
-    from timm.models._hub import save_config_for_hf
-
-    stem = _stem(model)
-    if not _recorded(model) and type(_core(model)).__name__ != "TNT":
-        extras["model_args"] = {**_sizes(model, stem.geometry, stem), **extras.get("model_args", {})}
-    title = f"timm's {_title(model)}"
-    save_file(contiguous(model, title), directory / "model.safetensors")
-    save_config_for_hf(_with_classes(model), str(directory / "config.json"), **extras)
-    require_rebuilds(directory, model, lambda: timm.create_model(f"local-dir:{directory}"), title)
-
-
-def _with_classes(model: Any) -> Any:
-    """The model as its configuration has to describe it: with the number of classes that its head has."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    core = _core(model)
-    if core is not model or not isinstance(getattr(model, "num_classes", None), int):
-        return model
-    counts = set()
-    for name in [names] if isinstance(names, str) else names:
-        path = name
-        while path and core.get_submodule(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2]) is None:
-            path = path.rpartition(".")[0]  # the head around the classifier was replaced
-        head = core.get_submodule(path) if path else None
-        counts.add(0 if isinstance(head, nn.Identity) else getattr(head, "out_features", model.num_classes))
-    if len(counts) != 1 or counts == {model.num_classes}:
-        return model
-    described = copy.copy(model)  # a second name for the same modules
-    described.num_classes = counts.pop()
-    for record in ("_traits", "_model_args"):
-        if "num_classes" in (vars(model).get(record) or {}):
-            setattr(described, record, {**vars(model)[record], "num_classes": described.num_classes})
-    return described

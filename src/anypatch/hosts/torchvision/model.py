@@ -1,21 +1,11 @@
 """torchvision: ``VisionTransformer`` and ``SwinTransformer`` (both versions), by name or built by class.
 
 torchvision's models keep no record of their arguments, so they are read off the live modules.
-
-``save`` writes ``model.safetensors`` and ``torchvision.json``; without anypatch it loads as::
-
-    config = json.load(open(f"{directory}/torchvision.json"))
-    module = importlib.import_module(config["module"])
-    classes = {k: getattr(module, v) for k, v in config["classes"].items()}
-    model = getattr(module, config["class"])(**config["arguments"], **classes)
-    model.load_state_dict(safetensors.torch.load_file(f"{directory}/model.safetensors"))
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,34 +14,19 @@ from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
-from anypatch.errors import CheckpointError, GeometryError, UnsupportedModelError
-from anypatch.files.configs import read_config, require_allowed
-from anypatch.files.header import read_header
-from anypatch.hosts.base import Example, unknown
-from anypatch.hosts.rebuilding import contiguous, require_rebuilds
+from anypatch.errors import GeometryError, UnsupportedModelError
 
 NAME = "torchvision"
 VIT = "torchvision.models.vision_transformer"
 SWIN = "torchvision.models.swin_transformer"
 NORM_EPS = {VIT: 1e-6, SWIN: 1e-5}  # what the constructors use when they are given no norm_layer
-PICTURE = 224  # the side of an example image for models that take any size
-
-# What a torchvision.json may say of a model, and which of torchvision's classes it may name.
-ARGUMENTS = frozenset((
-    "image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim", "dropout", "attention_dropout",
-    "num_classes", "representation_size", "embed_dim", "depths", "window_size", "mlp_ratio", "stochastic_depth_prob",
-))  # fmt: skip
-CLASSES = {
-    "block": ("SwinTransformerBlock", "SwinTransformerBlockV2"),
-    "downsample_layer": ("PatchMerging", "PatchMergingV2"),
-}
 
 
 def recognises(model: nn.Module) -> bool:
-    return _family(model) is not None or type(model).__module__.split(".")[:2] == ["torchvision", "models"]
+    return family_of(model) is not None or type(model).__module__.split(".")[:2] == ["torchvision", "models"]
 
 
-def _family(model: nn.Module) -> str | None:
+def family_of(model: nn.Module) -> str | None:
     """The torchvision module whose class the model is, or derives from."""
     for cls in type(model).__mro__:
         for module, name in ((VIT, "VisionTransformer"), (SWIN, "SwinTransformer")):
@@ -67,13 +42,13 @@ def subject(model: nn.Module) -> Subject:
 
 
 def _geometry(model: nn.Module) -> Geometry:
-    family = _family(model)
+    family = family_of(model)
     if family is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} of torchvision has no patch embedding: of its models, VisionTransformer and "
             f"SwinTransformer have one"
         )
-    projection = _projection(model)
+    projection = projection_of(model)
     patch = tuple(projection.stride)
     if family == VIT:
         image = int(model.image_size)  # type: ignore[arg-type]
@@ -81,8 +56,8 @@ def _geometry(model: nn.Module) -> Geometry:
     return Geometry(patch, None, 0, NAME)
 
 
-def _projection(model: nn.Module) -> nn.Conv2d:
-    path = "conv_proj" if _family(model) == VIT else "features.0.0"
+def projection_of(model: nn.Module) -> nn.Conv2d:
+    path = "conv_proj" if family_of(model) == VIT else "features.0.0"
     layer = model.get_submodule(path)
     while not isinstance(layer, nn.Conv2d) and isinstance(layer._modules.get("base_layer"), nn.Module):
         layer = layer._modules["base_layer"]  # type: ignore[assignment]
@@ -99,15 +74,15 @@ def _projection(model: nn.Module) -> nn.Conv2d:
 
 
 def _build(model: nn.Module, geometry: Geometry) -> nn.Module:
-    family = _family(model)
+    family = family_of(model)
     assert family is not None
-    arguments, classes = _arguments(model)
+    arguments, classes = arguments_of(model)
     if family == VIT:
         for name, size in (("patch_size", geometry.patch_size), ("image_size", geometry.image_size)):
             arguments[name] = _square(size, name)
     else:
         arguments["patch_size"] = list(geometry.patch_size)
-    return _construct(family, arguments, classes)
+    return construct(family, arguments, classes)
 
 
 def _square(size: Size | None, name: str) -> int:
@@ -119,16 +94,16 @@ def _square(size: Size | None, name: str) -> int:
     return size[0]
 
 
-def _construct(family: str, arguments: dict[str, Any], classes: dict[str, str]) -> nn.Module:
+def construct(family: str, arguments: dict[str, Any], classes: dict[str, str]) -> nn.Module:
     module = importlib.import_module(family)
     cls = module.VisionTransformer if family == VIT else module.SwinTransformer
     return cls(**arguments, **{name: getattr(module, value) for name, value in classes.items()})
 
 
-def _arguments(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+def arguments_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     """Constructor arguments of a live model: plain values, and classes by name."""
     m: Any = model
-    if _family(model) == VIT:
+    if family_of(model) == VIT:
         block = m.encoder.layers[0]
         heads = dict(m.heads.named_children()) if isinstance(m.heads, nn.Module) else {}
         hidden = heads.get("pre_logits")
@@ -147,8 +122,8 @@ def _arguments(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     stages = list(m.features)[1::2]
     first, last = stages[0][0], stages[-1][-1]
     arguments = {
-        "patch_size": list(_projection(model).stride),
-        "embed_dim": _projection(model).out_channels,
+        "patch_size": list(projection_of(model).stride),
+        "embed_dim": projection_of(model).out_channels,
         "depths": [len(stage) for stage in stages],
         "num_heads": [int(stage[0].attn.num_heads) for stage in stages],
         "window_size": [int(side) for side in first.attn.window_size],
@@ -162,112 +137,3 @@ def _arguments(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     if len(m.features) > 2:
         classes["downsample_layer"] = type(m.features[2]).__name__
     return arguments, classes
-
-
-def example(subject: Subject) -> Example:
-    model, geometry = subject.model, subject.geometry
-    size = geometry.image_size
-    if size is None:  # any size: two windows and a bit, so that shifting and padding happen
-        m: Any = model
-        size = tuple(
-            (2 * window + 2) * patch
-            for window, patch in zip(m.features[1][0].attn.window_size, geometry.patch_size, strict=True)
-        )
-    return Example((2, _projection(model).in_channels, *size), lambda m, pixels: m(pixels))
-
-
-def load(name: str, **host_kwargs: Any) -> nn.Module:
-    """``NAME``, ``NAME/WEIGHTS`` (an entry of the model's weights enum), or a directory that ``save`` wrote."""
-    if host_kwargs.get("pretrained") is True:
-        del host_kwargs["pretrained"]
-    if Path(name).is_dir():
-        return _load_directory(Path(name), **host_kwargs)
-    from torchvision.models import get_model
-
-    name, _, weights = name.partition("/")
-    _require_known(name)
-    host_kwargs.setdefault("weights", weights or "DEFAULT")
-    try:
-        return get_model(name, **host_kwargs)
-    except KeyError as error:  # not in the weights enum
-        raise CheckpointError(f"torchvision has no weights {weights!r} for {name}") from error
-
-
-def build(name: str, **host_kwargs: Any) -> nn.Module:
-    if Path(name).is_dir():
-        return _build_directory(Path(name), **host_kwargs)
-    from torchvision.models import get_model
-
-    name = name.partition("/")[0]
-    _require_known(name)
-    return get_model(name, **{"weights": None, **host_kwargs})
-
-
-def names() -> list[str]:
-    from torchvision.models import list_models
-
-    return list_models()
-
-
-def _require_known(name: str) -> None:
-    if name.lower() not in names():
-        raise unknown(NAME, name, names())
-
-
-def _load_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
-    from safetensors.torch import load_file
-
-    model = _build_directory(directory, **host_kwargs)
-    try:
-        read_header(directory / "model.safetensors")
-        model.load_state_dict(load_file(str(directory / "model.safetensors")))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {directory} do not fit its torchvision.json: {error}") from error
-    return model
-
-
-def _build_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
-    path = directory / "torchvision.json"
-    config = read_config(path)
-    try:
-        family, arguments, classes = config["module"], config["arguments"], config["classes"]
-    except KeyError as error:
-        raise CheckpointError(f"{directory} holds no torchvision model that anypatch saved: no {error}") from error
-    if not isinstance(family, str) or family not in NORM_EPS:
-        raise CheckpointError(f"{path} names {str(family)[:100]!r}, which is no torchvision model anypatch saves")
-    require_allowed(arguments, ARGUMENTS, f"{path}: arguments")
-    for name, value in require_allowed(classes, CLASSES, f"{path}: classes").items():
-        if value not in CLASSES[name]:
-            raise CheckpointError(f"{path}: {name} is {str(value)[:100]!r}, not one of {', '.join(CLASSES[name])}")
-    return _construct(family, {**arguments, **host_kwargs}, classes)
-
-
-def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
-    """Write the state dict and the arguments that rebuild the model (see this module's docstring)."""
-    from safetensors.torch import save_file
-
-    family = _family(model)
-    if family is None:
-        raise UnsupportedModelError(f"{type(model).__name__} of torchvision has no patch embedding")
-    arguments, classes = _arguments(model)
-    _require_default_norm(model, family)
-    title = f"torchvision's {type(model).__name__}"
-    save_file(contiguous(model, title), directory / "model.safetensors")
-    config = {
-        "module": family,
-        "class": "VisionTransformer" if family == VIT else "SwinTransformer",
-        "arguments": arguments,
-        "classes": classes,
-        **extras,
-    }
-    (directory / "torchvision.json").write_text(json.dumps(config, indent=2) + "\n")
-    require_rebuilds(directory, model, lambda: _construct(family, arguments, classes), title)
-
-
-def _require_default_norm(model: nn.Module, family: str) -> None:
-    m: Any = model
-    norm = m.encoder.ln if family == VIT else m.norm
-    if type(norm) is not nn.LayerNorm or norm.eps != NORM_EPS[family]:
-        raise UnsupportedModelError(
-            f"the model was built with its own norm_layer ({norm}), which cannot be saved as an argument"
-        )

@@ -1,0 +1,134 @@
+"""torchvision's weights by name, and directories that ``save`` wrote.
+
+``save`` writes ``model.safetensors`` and ``torchvision.json``; without anypatch it loads as::
+
+    config = json.load(open(f"{directory}/torchvision.json"))
+    module = importlib.import_module(config["module"])
+    classes = {k: getattr(module, v) for k, v in config["classes"].items()}
+    model = getattr(module, config["class"])(**config["arguments"], **classes)
+    model.load_state_dict(safetensors.torch.load_file(f"{directory}/model.safetensors"))
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.files.configs import read_config, require_allowed
+from anypatch.files.header import read_header
+from anypatch.hosts.base import unknown
+from anypatch.hosts.rebuilding import contiguous, require_rebuilds
+from anypatch.hosts.torchvision.model import NAME, NORM_EPS, VIT, arguments_of, construct, family_of
+
+# What a torchvision.json may say of a model, and which of torchvision's classes it may name.
+ARGUMENTS = frozenset((
+    "image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim", "dropout", "attention_dropout",
+    "num_classes", "representation_size", "embed_dim", "depths", "window_size", "mlp_ratio", "stochastic_depth_prob",
+))  # fmt: skip
+
+
+CLASSES = {
+    "block": ("SwinTransformerBlock", "SwinTransformerBlockV2"),
+    "downsample_layer": ("PatchMerging", "PatchMergingV2"),
+}
+
+
+def load(name: str, **host_kwargs: Any) -> nn.Module:
+    """``NAME``, ``NAME/WEIGHTS`` (an entry of the model's weights enum), or a directory that ``save`` wrote."""
+    if host_kwargs.get("pretrained") is True:
+        del host_kwargs["pretrained"]
+    if Path(name).is_dir():
+        return _load_directory(Path(name), **host_kwargs)
+    from torchvision.models import get_model
+
+    name, _, weights = name.partition("/")
+    _require_known(name)
+    host_kwargs.setdefault("weights", weights or "DEFAULT")
+    try:
+        return get_model(name, **host_kwargs)
+    except KeyError as error:  # not in the weights enum
+        raise CheckpointError(f"torchvision has no weights {weights!r} for {name}") from error
+
+
+def build(name: str, **host_kwargs: Any) -> nn.Module:
+    if Path(name).is_dir():
+        return _build_directory(Path(name), **host_kwargs)
+    from torchvision.models import get_model
+
+    name = name.partition("/")[0]
+    _require_known(name)
+    return get_model(name, **{"weights": None, **host_kwargs})
+
+
+def names() -> list[str]:
+    from torchvision.models import list_models
+
+    return list_models()
+
+
+def _require_known(name: str) -> None:
+    if name.lower() not in names():
+        raise unknown(NAME, name, names())
+
+
+def _load_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
+    from safetensors.torch import load_file
+
+    model = _build_directory(directory, **host_kwargs)
+    try:
+        read_header(directory / "model.safetensors")
+        model.load_state_dict(load_file(str(directory / "model.safetensors")))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {directory} do not fit its torchvision.json: {error}") from error
+    return model
+
+
+def _build_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
+    path = directory / "torchvision.json"
+    config = read_config(path)
+    try:
+        family, arguments, classes = config["module"], config["arguments"], config["classes"]
+    except KeyError as error:
+        raise CheckpointError(f"{directory} holds no torchvision model that anypatch saved: no {error}") from error
+    if not isinstance(family, str) or family not in NORM_EPS:
+        raise CheckpointError(f"{path} names {str(family)[:100]!r}, which is no torchvision model anypatch saves")
+    require_allowed(arguments, ARGUMENTS, f"{path}: arguments")
+    for name, value in require_allowed(classes, CLASSES, f"{path}: classes").items():
+        if value not in CLASSES[name]:
+            raise CheckpointError(f"{path}: {name} is {str(value)[:100]!r}, not one of {', '.join(CLASSES[name])}")
+    return construct(family, {**arguments, **host_kwargs}, classes)
+
+
+def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
+    """Write the state dict and the arguments that rebuild the model (see this module's docstring)."""
+    from safetensors.torch import save_file
+
+    family = family_of(model)
+    if family is None:
+        raise UnsupportedModelError(f"{type(model).__name__} of torchvision has no patch embedding")
+    arguments, classes = arguments_of(model)
+    _require_default_norm(model, family)
+    title = f"torchvision's {type(model).__name__}"
+    save_file(contiguous(model, title), directory / "model.safetensors")
+    config = {
+        "module": family,
+        "class": "VisionTransformer" if family == VIT else "SwinTransformer",
+        "arguments": arguments,
+        "classes": classes,
+        **extras,
+    }
+    (directory / "torchvision.json").write_text(json.dumps(config, indent=2) + "\n")
+    require_rebuilds(directory, model, lambda: construct(family, arguments, classes), title)
+
+
+def _require_default_norm(model: nn.Module, family: str) -> None:
+    m: Any = model
+    norm = m.encoder.ln if family == VIT else m.norm
+    if type(norm) is not nn.LayerNorm or norm.eps != NORM_EPS[family]:
+        raise UnsupportedModelError(
+            f"the model was built with its own norm_layer ({norm}), which cannot be saved as an argument"
+        )
