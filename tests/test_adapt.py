@@ -502,3 +502,10 @@ def test_unknown_names_say_which_are_like_them(source: str, near: str) -> None:
 def test_arch_is_for_files() -> None:
     with pytest.raises(anypatch.UnsupportedModelError, match="arch is for checkpoint files"):
         anypatch.load("timm:vit_tiny_patch16_224", pretrained=False, arch="timm:vit_small_patch16_224")
+
+
+def test_a_size_that_does_not_fit_is_named_for_entry_points_that_fix_the_patch_themselves() -> None:
+    """While the error was handled, Python said "given twice" by a KeyError, which nobody expected."""
+    mixer = timm.create_model("resmlp_12_224", img_size=64)
+    with pytest.raises(GeometryError, match="32x48 does not divide"):
+        anypatch.adapt(mixer, (32, 48))

@@ -62,10 +62,9 @@ def adapted(model: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
     return anypatch.adapt(copy.deepcopy(model), *arguments, **options)
 
 
-def outputs(model: nn.Module, described: nn.Module) -> list[Tensor] | None:
-    """What ``model`` says of the example for ``described``; ``None`` where that cannot run."""
-    subject = describe(described)
-    example = host(described).example(subject)
+def outputs(model: nn.Module) -> list[Tensor]:
+    """What a model says of its host's example."""
+    example = host(model).example(describe(model))
     pixels = torch.randn(example.shape, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     return list(tensors(example.call(model, pixels)))
@@ -91,12 +90,11 @@ def require_view_equals_adapted(family: Family, keep: Any) -> None:
     assert list(expected) == list(found)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     try:
-        wanted = outputs(copied, copied)
-    except RuntimeError:  # too few tokens are left for this family's own pooling
+        wanted = outputs(copied)
+    except (RuntimeError, ValueError):  # too few tokens for this family's own pooling, or no plain images
         return
-    given = outputs(view, copied)
+    given = outputs(view)
     assert wanted
-    assert given is not None
     for a, b in zip(wanted, given, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
     loss = sum((b.float() ** 2).sum() for b in given if b.is_floating_point() and b.requires_grad)

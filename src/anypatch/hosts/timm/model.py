@@ -441,8 +441,10 @@ def _create(model: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> Any
     name = model.pretrained_cfg["architecture"]
     try:
         return timm.create_model(name, **{**arguments, **sizes})
-    except TypeError as error:
-        if "multiple values for keyword argument" not in str(error):
+    except (TypeError, KeyError) as error:
+        # Python 3.11 says the same by a KeyError where another error is being handled.
+        twice = isinstance(error, KeyError) and error.args[:1] and error.args[0] in sizes
+        if not twice and "multiple values for keyword argument" not in str(error):
             raise
     # this entry point fixes an argument of its own: hand the sizes to the constructor instead
     arguments = {k: v for k, v in arguments.items() if k not in sizes}
