@@ -22,7 +22,7 @@ def with_lora(model: nn.Module, subject: Subject, rank: int, seed: int) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise AnypatchError("lora needs peft: pip install peft") from error
+        raise AnypatchError("lora needs peft: pip install 'anypatch[tune]'") from error
     if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in model.modules()):
         raise UnsupportedModelError("the model has adapters already: merge them, or tune without lora")
     inside = {id(m) for m in subject.part.modules()}
