@@ -182,6 +182,20 @@ def test_lines_come_every_ten_seconds() -> None:
     assert [duration(s) for s in (8, 200, 7500)] == ["8 s", "3 min 20 s", "2 h 5 min"]
 
 
+def test_what_is_shown_inside_of_another_is_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[tuple[str, int, int]] = []
+    with shown_progress(lambda *what: said.append(what)):
+        with shown_progress(None) as inner:
+            inner("writing", 1, 2)
+        with shown_progress(False) as silent:
+            silent("writing", 2, 2)
+            with shown_progress(None) as still:
+                still("writing", 2, 2)
+    assert said == [("writing", 1, 2)]
+    with shown_progress(None) as after:
+        assert isinstance(after, Lines)
+
+
 def test_progress_false_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anypatch.report.progress.EVERY", 0.0)
     sweep(vit(), [14])

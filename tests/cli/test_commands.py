@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import anypatch as package
 from anypatch import cli
-from anypatch.cli import output, progress
+from anypatch.cli import output, stderr
 from anypatch.cli.options import read_value
 from anypatch.errors import AnypatchWarning
 
@@ -332,20 +332,22 @@ def test_completion_is_offered(anypatch: Anypatch) -> None:
 # -- while it works ----------------------------------------------------------------------------------------------
 
 
-def test_a_log_says_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.Log("loading", every=0.05) as log:
-        time.sleep(0.12)
-        log.report("patch 16, photos", 3, 9)
-        time.sleep(0.12)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("loading (")
-    assert lines[-1].startswith("patch 16, photos: 3 of 9 (")
-    assert 2 <= len(lines) <= 5
-    with progress.Log("loading"):
+def test_a_log_says_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with stderr.working("loading"):
         time.sleep(0.05)
     assert capsys.readouterr().err == ""  # what is quick says nothing
-    with progress.working("loading", quiet=True) as report:
+    monkeypatch.setattr("anypatch.report.progress.EVERY", 0.05)
+    with stderr.working("loading") as log:
+        time.sleep(0.12)  # nothing is reported, and still it is seen to live
+        log("patch 16, photos", 3, 9)
+        time.sleep(0.12)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "loading, after 0 s"
+    assert lines[-1] == "patch 16, photos: 3 of 9, after 0 s"
+    assert 2 <= len(lines) <= 5
+    with stderr.working("loading", quiet=True) as report:
         report("x", 1, 2)
+        time.sleep(0.12)
     assert capsys.readouterr().err == ""
 
 
@@ -353,14 +355,14 @@ def test_notes_are_ours_by_their_class_not_by_a_path(capsys: pytest.CaptureFixtu
     def warn(category: type[Warning], path: str) -> None:
         warnings.warn_explicit("the head is new", category, path, 1)
 
-    with progress.notes():
+    with stderr.notes():
         warn(AnypatchWarning, "/somewhere/else.py")
         warn(UserWarning, "/envs/anypatch/lib/python/site-packages/other/x.py")
     assert capsys.readouterr().err == "note: the head is new\n"
-    with progress.notes(quiet=True):
+    with stderr.notes(quiet=True):
         warn(AnypatchWarning, "/x.py")
     assert capsys.readouterr().err == ""
-    with progress.notes(debug=True):
+    with stderr.notes(debug=True):
         warn(UserWarning, "/other.py")
     assert "UserWarning: the head is new" in capsys.readouterr().err
 

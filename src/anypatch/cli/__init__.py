@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from anypatch import __version__
 from anypatch.cli import comparing, models, output, tuning, writing
-from anypatch.cli.progress import notes
+from anypatch.cli.stderr import notes
 from anypatch.errors import AnypatchError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141

@@ -8,7 +8,7 @@ import typer
 
 from anypatch.cli import options as o
 from anypatch.cli import output
-from anypatch.cli.progress import working
+from anypatch.cli.stderr import working
 from anypatch.core.geometry import parse_image_size, parse_size, show
 
 

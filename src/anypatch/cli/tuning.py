@@ -10,7 +10,7 @@ import typer
 
 from anypatch.cli import options as o
 from anypatch.cli import output as out
-from anypatch.cli.progress import leads, working
+from anypatch.cli.stderr import leads, working
 from anypatch.core.geometry import parse_image_size, parse_sizes
 from anypatch.errors import AnypatchError
 

@@ -10,7 +10,7 @@ import typer
 from anypatch.cli import options as o
 from anypatch.cli import output as out
 from anypatch.cli.models import load_source
-from anypatch.cli.progress import working
+from anypatch.cli.stderr import working
 from anypatch.cli.targets import nothing_empty_left, require_format, require_target
 from anypatch.core.geometry import Geometry, parse_image_size, parse_size, show
 from anypatch.errors import GeometryError

@@ -352,6 +352,7 @@ def described(module: nn.Module, describe: Callable[[nn.Module], Subject]) -> Su
 
 def _stand(module: nn.Module, shells: Shells) -> nn.Module:
     root = shells.shell(module)
+    tied: dict[int, nn.Parameter] = {}  # what the view's modules share, its standing model's do
     for source in module.modules():
         shell = shells.shell(source)
         bound: dict[str, Bound] = vars(shell).pop(MARK, {})
@@ -364,7 +365,9 @@ def _stand(module: nn.Module, shells: Shells) -> nn.Module:
             value = getattr(source, name)
             own = shell._parameters.get(name)
             if own is not None and value is not None:
-                shell._parameters[name] = nn.Parameter(value.detach(), requires_grad=own.requires_grad)
+                if id(own) not in tied:
+                    tied[id(own)] = nn.Parameter(value.detach(), requires_grad=own.requires_grad)
+                shell._parameters[name] = tied[id(own)]
                 continue
             shell._buffers[name] = value if value is None else value.detach()
             hidden = shell._non_persistent_buffers_set

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anypatch.adaptation import adapt, describe, host, make_plan
+from anypatch.adaptation import at, describe, host
 from anypatch.core.geometry import Geometry
-from anypatch.core.plan import SetParameter
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
+from anypatch.core.views import standing
 from anypatch.hosts.images import Features, normal_grid
 
 
@@ -52,17 +51,12 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def at_geometry(subject: Subject, target: Geometry, kernel: Any, positions: PositionsLike) -> nn.Module:
     """A second model at another geometry, which shares every parameter that does not follow it.
 
-    So several patch sizes stand side by side in the memory of one model and the tensors that differ. Shared parameters
-    are only read: who changes the first model's changes this one's.
+    So several patch sizes stand side by side in the memory of one model and the tensors that differ: a view, in which
+    those are computed once, as nobody trains here. Shared parameters are only read: who changes the first model's
+    changes this one's.
     """
-    model = subject.model
     patch, image = asked_sizes(subject.geometry, target)
-    plan = make_plan(model, patch, image, kernel=kernel, positions=positions)
-    if plan is None:  # as it is: a copy of its own, as what follows a geometry may be held by no other model
-        return copy.deepcopy(model)
-    follow = {id(step.parameter) for step in plan.steps if isinstance(step, SetParameter)}
-    copied = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in follow})
-    return adapt(copied, patch, image, kernel=kernel, positions=positions)
+    return standing(at(subject.model, patch, image, kernel=kernel, positions=positions))
 
 
 def asked_sizes(current: Geometry, target: Geometry) -> tuple[Any, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from html import escape
 from typing import Any
 
@@ -13,20 +15,37 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 EVERY = 10.0  # seconds between the lines of a log: seldom enough to read, often enough to see that it lives
 SMOOTH = 0.1  # seconds between the updates of a notebook's element, which go through its browser
+_OUTER: ContextVar[Progress | None] = ContextVar("anypatch_progress", default=None)
 
 
 @contextlib.contextmanager
-def shown_progress(asked: Progress | bool | None) -> Iterator[Progress]:
+def shown_progress(asked: Progress | bool | None, first: str = "") -> Iterator[Progress]:
     """What to call with (what, done, total) while the block runs.
 
     Args:
         asked: a function of the caller's; ``False`` for none; ``None`` or ``True`` for what suits the place: an
-            element in a notebook, a bar where standard error is a terminal, else a line every ten seconds.
+            element in a notebook, a bar where standard error is a terminal, else a line every ten seconds. Inside of
+            another such block, what that block shows.
+        first: what is said before anything was called.
 
     Example:
         >>> with shown_progress(False) as progress:
         ...     progress("reading", 1, 2)
     """
+    outer = _OUTER.get()
+    if not callable(asked) and asked is not False and outer is not None:
+        yield outer
+        return
+    with _shown(asked, first) as progress:
+        mark = _OUTER.set(progress)
+        try:
+            yield progress
+        finally:
+            _OUTER.reset(mark)
+
+
+@contextlib.contextmanager
+def _shown(asked: Progress | bool | None, first: str) -> Iterator[Progress]:
     if callable(asked):
         yield asked
     elif asked is False:
@@ -34,45 +53,73 @@ def shown_progress(asked: Progress | bool | None) -> Iterator[Progress]:
     elif _in_notebook():
         yield Notebook()
     elif sys.stderr.isatty():
-        with _bar() as progress:
+        with _bar(first) as progress:
             yield progress
     else:
-        yield Lines()
+        with Lines(first=first) as progress:
+            yield progress
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Progress]:
+def _bar(first: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.markup import escape as plain
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task(plain(first), total=None)
         yield lambda what, done, total: bar.update(task, description=plain(what), completed=done, total=total)
 
 
 class Lines:
     """A line every ten seconds or so, the first after as long: short work says nothing.
 
+    Within ``with`` they come from a thread as well, so that a step that does not report is seen to live, too.
+
     Args:
         write: where lines go; standard error by default.
         clock: seconds.
+        first: what is said before anything was reported.
     """
 
     def __init__(
-        self, write: Callable[[str], object] | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        write: Callable[[str], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        first: str = "",
     ) -> None:
         self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
         self._clock = clock
         self._began = self._said = clock()
+        self._state = first
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        now = self._clock()
-        if now - self._said < EVERY:
-            return
-        self._said = now
-        self._write(f"{what}: {done} of {total}, after {duration(now - self._began)}")
+        self._state = f"{what}: {done} of {total}"
+        self._say()
+
+    def _say(self) -> None:
+        with self._lock:
+            now = self._clock()
+            if not self._state or now - self._said < EVERY:
+                return
+            self._said = now
+            self._write(f"{self._state}, after {duration(now - self._began)}")
+
+    def _run(self) -> None:
+        while not self._stop.wait(max(self._said + EVERY - self._clock(), EVERY / 100, 0.01)):
+            self._say()
+
+    def __enter__(self) -> Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 class Notebook:

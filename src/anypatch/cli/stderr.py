@@ -1,0 +1,48 @@
+"""What is said on standard error beside a result: that a command works, and the package's own warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from anypatch.errors import AnypatchWarning
+from anypatch.report.progress import Progress, shown_progress
+
+
+def leads() -> bool:
+    """Whether this process speaks, of those that share the work."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def working(text: str, quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Say that something is going on; the value takes ``(what, done, total)`` where more is known."""
+    return shown_progress(False if quiet or not leads() else None, text)
+
+
+@contextlib.contextmanager
+def notes(quiet: bool = False, debug: bool = False) -> Iterator[None]:
+    """anypatch's own warnings as notes of one line; other packages' only for ``--debug``.
+
+    Which are ours is told by their class: a path tells nothing, as an environment may be called anypatch, too.
+    """
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if issubclass(category, AnypatchWarning):
+            if leads() and not quiet:
+                text = " ".join(str(message).split())
+                Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+        elif debug:
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", AnypatchWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
