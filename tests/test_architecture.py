@@ -183,3 +183,12 @@ def test_no_pattern_over_model_types_outside_facts() -> None:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not re.search(r"re\.\w+\([^)]*model_type", line), f"{path.relative_to(ROOT)}:{number}"
+
+
+def test_no_constructor_is_exchanged() -> None:
+    """Other threads build their models meanwhile."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assign):
+                names = [target.attr for target in node.targets if isinstance(target, ast.Attribute)]
+                assert "__init__" not in names, f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -21,7 +21,7 @@ from anypatch.hosts.fitting import (
     head_names,
     open_clip_names,
 )
-from anypatch.hosts.timm.files import construction
+from anypatch.hosts.timm.private import construction
 
 # timm's modules whose models have one width and one depth, which tensors tell.
 PLAIN = re.compile(r"timm\.models\.(vision_transformer(_relpos|_sam)?|deit|beit|eva)$")

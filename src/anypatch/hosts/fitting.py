@@ -20,7 +20,7 @@ from anypatch.files.configs import read_config, require_name
 from anypatch.files.reading import Checkpoint
 from anypatch.files.wrappers import rooted
 from anypatch.hosts.base import plain, unknown
-from anypatch.hosts.timm.files import construction
+from anypatch.hosts.timm.private import construction
 from anypatch.hosts.transformers.files import require_safe
 
 

@@ -14,6 +14,7 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import pair, plain
 from anypatch.hosts.open_clip.model import absolute_pool, image_tower, is_a, ratio
 from anypatch.hosts.timm import model as trunks
+from anypatch.hosts.timm.private import record, write_config
 
 LOCAL, TOWER = "local-dir:", "tower"
 REMEMBERED = "_open_clip_model_cfg"  # what a model that `load` made was built from
@@ -64,16 +65,25 @@ def model_config(model: nn.Module, directory: Path, name: str | None = None) -> 
         result["init_logit_bias"] = float(live.logit_bias.detach().flatten()[0])
     if live.logit_scale.ndim:
         result["nonscalar_logit_scale"] = True
+    if _quick(activations):
+        result["quick_gelu"] = True
+    if is_a(tower, "TimmModel"):
+        _name_timm_tower(model, result, directory)
+    return result
+
+
+def _quick(activations: list[nn.Module]) -> bool:
+    """Whether the towers' activation is QuickGELU.
+
+    Raises:
+        UnsupportedModelError: of one tower it is, and of another not.
+    """
     quick = {type(a).__name__ == "QuickGELU" for a in activations}
     if len(quick) > 1:
         raise UnsupportedModelError(
             "one tower uses QuickGELU and another does not: open_clip's configuration has one flag"
         )
-    if quick == {True}:
-        result["quick_gelu"] = True
-    if is_a(tower, "TimmModel"):
-        _name_timm_tower(model, result, directory)
-    return result
+    return quick == {True}
 
 
 def _width(tower: nn.Module) -> int:
@@ -205,17 +215,15 @@ def _name_timm_tower(model: nn.Module, cfg: dict[str, Any], directory: Path) -> 
         same = False
     if same and _mismatch(model, twin) is None:
         return
-    from timm.models._hub import save_config_for_hf
-
     tower = directory / TOWER
     tower.mkdir()
     geometry = trunks.subject(trunk).geometry
-    arguments = {k: v for k, v in getattr(trunk, "_model_args", {}).items() if k != "pretrained_model_args"}
+    arguments = record(trunk)
     if not {"img_size", "patch_size"} & arguments.keys():  # a timm that keeps no record of its arguments
         arguments["patch_size"] = plain(geometry.patch_size)
         if geometry.image_size is not None:
             arguments["img_size"] = plain(geometry.image_size)
-    save_config_for_hf(trunk, str(tower / "config.json"), model_args=arguments)
+    write_config(trunk, tower / "config.json", model_args=arguments)
     cfg["vision_cfg"]["timm_model_name"] = f"{LOCAL}{tower}"
 
 

@@ -9,14 +9,14 @@ from torch import nn
 from anypatch.core.twins import Subject
 from anypatch.hosts.base import Example
 from anypatch.hosts.open_clip.model import image_tower, is_a, layer_of
-from anypatch.hosts.timm import model as trunks
+from anypatch.hosts.timm.feeding import example_at
 
 
 def example(subject: Subject) -> Example:
     model, geometry = subject.model, subject.geometry
     _, tower = image_tower(model)
     if is_a(tower, "TimmModel"):
-        inner = trunks.example_at(tower.get_submodule("trunk"), geometry)
+        inner = example_at(tower.get_submodule("trunk"), geometry)
         if any(unit > 1 for unit in inner.unit):  # behind a backbone
             return Example(
                 inner.shape, lambda m, x: inner.call(image_tower(m)[1].get_submodule("trunk"), x), inner.unit

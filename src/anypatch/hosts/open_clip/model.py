@@ -17,6 +17,7 @@ from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import pair, plain
 from anypatch.hosts.timm import model as trunks
+from anypatch.hosts.timm.stems import NAME as TIMM
 
 NAME = "open_clip"
 
@@ -129,7 +130,7 @@ def _timm_subject(model: nn.Module, path: str, tower: nn.Module) -> Subject:
     geometry = replace(inner.geometry, library=NAME)
 
     def finish(target: Geometry) -> list[tuple[nn.Module, str, Any]]:
-        changes = inner.finish(replace(target, library=trunks.NAME)) if inner.finish else []
+        changes = inner.finish(replace(target, library=TIMM)) if inner.finish else []
         pool = absolute_pool(tower)
         if pool is not None:  # TimmModel sizes the pool by this
             size = _pool_size(pool, geometry, target)
@@ -150,7 +151,7 @@ def _build_timm(tower: nn.Module, inner: Subject, current: Geometry, geometry: G
     twin: Any = type(tower).__new__(type(tower))
     nn.Module.__init__(twin)
     twin.image_size = geometry.image_size
-    twin.trunk = inner.build(replace(geometry, library=trunks.NAME))
+    twin.trunk = inner.build(replace(geometry, library=TIMM))
     twin.head = nn.Sequential()
     pool = absolute_pool(tower)
     if pool is not None:

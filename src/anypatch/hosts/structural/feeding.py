@@ -13,7 +13,8 @@ from anypatch.core.geometry import Size
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Example
-from anypatch.hosts.structural.model import Layout, held_in, layout_of
+from anypatch.hosts.structural.layout import Layout, layout_of
+from anypatch.hosts.structural.model import held_in
 
 
 def example(subject: Subject) -> Example:

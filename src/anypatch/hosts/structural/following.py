@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,3 +185,33 @@ def ints(value: Any) -> Size | None:
     if isinstance(value, (tuple, list)) and value and all(type(v) is int and v > 0 for v in value):
         return tuple(value)
     return None
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is a collection of settings (a dictionary, a namespace, a configuration), not a trainer."""
+    if isinstance(value, (dict, list)):
+        return True
+    named = type(value).__name__.lower().endswith(("namespace", "config", "args", "params", "cfg", "settings"))
+    return hasattr(value, "__dict__") and (named or hasattr(value, "__dataclass_fields__"))
+
+
+def closed_over(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and values that a function brings along: closure, defaults, a partial's arguments."""
+    if isinstance(function, functools.partial):
+        yield from function.keywords.items()
+        function = function.func
+    if not isinstance(function, types.FunctionType):
+        return
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount]
+    defaults = function.__defaults__ or ()
+    yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
+    yield from (function.__kwdefaults__ or {}).items()
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        yield name, value
+        if depth < 2 and isinstance(value, (types.FunctionType, functools.partial)):
+            yield from closed_over(value, depth + 1)

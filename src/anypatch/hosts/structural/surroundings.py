@@ -23,7 +23,8 @@ from anypatch.core.diff import AttributeEdit, BufferEdit, Edit, Owners, Paramete
 from anypatch.core.geometry import Size, show
 from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
-from anypatch.hosts.structural.following import TELLING, carries, entries
+from anypatch.hosts.structural.following import TELLING, carries, closed_over, entries, is_record
+from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
 from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enumerates, explain, resampled, table_shape
 
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
@@ -90,7 +91,7 @@ class Surroundings:
     def _value(self, name: str, value: Any, full: str) -> Any:
         """A plain value, or a collection or configuration of such, at the new geometry; ``None`` if it is the same."""
         changed = carries(name, value, self.old, self.new, full)
-        if changed is not None or not _is_record(value):
+        if changed is not None or not is_record(value):
             return changed
         found = [name for _, name, item in entries({name: value}) if carries(name, item, self.old, self.new, full)]
         if not found:
@@ -110,7 +111,7 @@ class Surroundings:
 
     def _require_blind(self, function: Any, full: str) -> None:
         """A function may not close over the geometry: what it closes over cannot be changed."""
-        for name, value in _closed_over(function):
+        for name, value in closed_over(function):
             if carries(name, value, self.old, self.new, full) not in (None, value):
                 raise UnsupportedModelError(
                     f"{full} is a function that closes over {name} = {value}, which anypatch cannot change: take it "
@@ -142,7 +143,7 @@ class Surroundings:
             self._refuse(path, conv, f"has a kernel as large as the grid ({show(kernel)})")
         if not self.patch_changes or not self._reads_pixels(conv):
             return
-        if kernel == patch == stride and conv.groups == 1 and not any(_padding(conv)):
+        if kernel == patch == stride and conv.groups == 1 and not any(padding_of(conv)):
             yield from self._projection(path, conv, self.new.patch_size)
         elif stride == patch or kernel == patch:
             self._refuse(path, conv, f"has the patch as its kernel or stride ({show(kernel)}, {show(stride)})")
@@ -164,7 +165,7 @@ class Surroundings:
 
     def _transposed(self, path: str, conv: Any) -> Iterator[Edit]:
         if self.telling and conv.stride == self.patch:
-            if conv.kernel_size != conv.stride or conv.groups != 1 or any(_padding(conv)):
+            if conv.kernel_size != conv.stride or conv.groups != 1 or any(padding_of(conv)):
                 self._refuse(path, conv, f"paints patches that overlap (kernel {show(conv.kernel_size)})")
             yield from self._projection(path, conv, self.new.patch_size[-2:])
 
@@ -198,12 +199,12 @@ class Surroundings:
 
     def _blocks(self, path: str, module: nn.Module, extras: list[Extra]) -> Iterator[Edit]:
         """Layers that rearrange pixels and patches: a shuffle after the layer that predicts its values is followed."""
-        size = _block(module)
+        size = block_of(module)
         if isinstance(module, nn.Fold) and self.image_changes and size != self.patch:
             self._refuse(path, module, "puts windows together into an image of a fixed size")
         if not self.telling or size != self.patch:
             return
-        before = _before(path, extras)
+        before = layer_before(path, extras)
         new = self.new.patch_size[-2:]
         if isinstance(module, nn.PixelShuffle) and before is not None and new[0] == new[1]:
             where, layer = before
@@ -321,7 +322,7 @@ class Surroundings:
             return
         chains: dict[str, list[tuple[str, float]]] = {}
         for extra in extras:
-            factor = _upsamples(extra.module) if extra.whole else 1.0
+            factor = enlarges(extra.module) if extra.whole else 1.0
             if factor > 1.0 and factor != self.patch[0]:
                 chains.setdefault(extra.path.split(".")[0], []).append((extra.path, factor))
         for name, steps in chains.items():
@@ -347,71 +348,3 @@ def _stem(old: nn.Module, new: nn.Module, patch: Size) -> Any:
             return module
     found = [m for m in old.modules() if isinstance(m, CONVOLUTIONS) and tuple(m.stride) == patch]
     return found[0] if found else None
-
-
-def _is_record(value: Any) -> bool:
-    """Whether a value is a collection of settings (a dictionary, a namespace, a configuration), not a trainer."""
-    if isinstance(value, (dict, list)):
-        return True
-    named = type(value).__name__.lower().endswith(("namespace", "config", "args", "params", "cfg", "settings"))
-    return hasattr(value, "__dict__") and (named or hasattr(value, "__dataclass_fields__"))
-
-
-def _closed_over(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Names and values that a function brings along: closure, defaults, a partial's arguments."""
-    if isinstance(function, functools.partial):
-        yield from function.keywords.items()
-        function = function.func
-    if not isinstance(function, types.FunctionType):
-        return
-    code = function.__code__
-    arguments = code.co_varnames[: code.co_argcount]
-    defaults = function.__defaults__ or ()
-    yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
-    yield from (function.__kwdefaults__ or {}).items()
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        yield name, value
-        if depth < 2 and isinstance(value, (types.FunctionType, functools.partial)):
-            yield from _closed_over(value, depth + 1)
-
-
-def _padding(conv: Any) -> tuple[int, ...]:
-    return () if conv.padding == "valid" else (1,) if isinstance(conv.padding, str) else tuple(conv.padding)
-
-
-def _block(module: Any) -> Size:
-    if isinstance(module, nn.PixelShuffle):
-        return (module.upscale_factor,) * 2
-    if isinstance(module, nn.PixelUnshuffle):
-        return (module.downscale_factor,) * 2
-    return tuple(module.stride) if isinstance(module.stride, tuple) else (module.stride,) * 2
-
-
-def _before(path: str, extras: Iterable[Extra]) -> tuple[str, nn.Module] | None:
-    """The layer before another in an ``nn.Sequential``."""
-    parent, _, name = path.rpartition(".")
-    modules = {extra.path: extra.module for extra in extras}
-    chain = modules.get(parent)
-    if not isinstance(chain, nn.Sequential):
-        return None
-    names = list(chain._modules)
-    index = names.index(name)
-    if index == 0:
-        return None
-    where = f"{parent}.{names[index - 1]}"
-    return where, chain[index - 1]
-
-
-def _upsamples(module: nn.Module) -> float:
-    if isinstance(module, nn.PixelShuffle):
-        return float(module.upscale_factor)
-    if isinstance(module, nn.ConvTranspose2d):
-        return float(module.stride[0])
-    if isinstance(module, nn.Upsample) and module.scale_factor is not None:
-        factor = module.scale_factor
-        return float(factor[0] if isinstance(factor, tuple) else factor)
-    return 1.0

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from torch import nn
@@ -18,8 +14,10 @@ from anypatch.errors import CheckpointError
 from anypatch.files.configs import PLACE, entries, read_config, require_allowed, require_name
 from anypatch.hosts.base import unknown
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
-from anypatch.hosts.timm.model import NAME, sizes_of, stem_of, title_of
-from anypatch.hosts.timm.private import core_of, recorded
+from anypatch.hosts.timm.facts import row
+from anypatch.hosts.timm.model import sizes_of
+from anypatch.hosts.timm.private import construction, core_of, recorded, with_classes, write_config
+from anypatch.hosts.timm.stems import NAME, stem_of, title_of
 
 # What timm's factory takes besides the constructor's own arguments, and records. Not among them: checkpoint_path and
 # cache_dir, which open files, pretrained and whatever begins so.
@@ -28,73 +26,6 @@ FACTORY = frozenset((
     "num_classes", "in_chans", "global_pool", "img_size", "use_naflex", "dynamic_img_size", "strict_img_size",
 ))  # fmt: skip
 NEVER = frozenset(("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"))
-
-BUILDER, NONE_SUCH = "build_model_with_cfg", "anypatch_looks_only"
-
-
-class _ReachedError(Exception):
-    """timm was about to construct a model."""
-
-    def __init__(self, variables: dict[str, Any]) -> None:
-        self.variables = variables
-
-
-class _Probe(dict[str, Any]):
-    """An empty table of options that stops timm where it first looks whether there are any, before it builds a model.
-
-    Nothing of timm is exchanged to see what it would do, so that other threads build their models meanwhile.
-    """
-
-    def __bool__(self) -> bool:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code.co_name == BUILDER:
-                raise _ReachedError(dict(frame.f_locals))
-            frame = frame.f_back
-        return False
-
-
-@dataclass(frozen=True)
-class Construction:
-    """What timm would construct, and how it would read a checkpoint for it."""
-
-    kind: Any
-    arguments: dict[str, Any]
-    converter: Callable[..., Any] | None
-
-
-def construction(name: str, **arguments: Any) -> Construction | None:
-    """What timm would do for an architecture, without doing it; ``None`` where it cannot be seen.
-
-    Args:
-        name: of the architecture, without a tag.
-        **arguments: as of ``timm.create_model``.
-    """
-    import timm
-
-    try:
-        # the second option is one that no constructor has: what asks for the first too early to stop ends there
-        asked = {**arguments, "pretrained_cfg_overlay": _Probe(), NONE_SUCH: True}
-        timm.models.model_entrypoint(name)(pretrained=False, **asked)
-    except _ReachedError as reached:
-        seen = reached.variables
-    except Exception as error:
-        seen = _variables(error.__traceback__)
-    else:
-        return None
-    if not seen:
-        return None
-    found = {key: value for key, value in seen["kwargs"].items() if key != NONE_SUCH}
-    return Construction(seen["model_cls"], found, seen["pretrained_filter_fn"])
-
-
-def _variables(trace: TracebackType | None) -> dict[str, Any]:
-    """Those of the function that builds, if an error came through it."""
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name == BUILDER:
-            return dict(trace.tb_frame.f_locals)
-        trace = trace.tb_next
-    return {}
 
 
 @lru_cache(maxsize=256)
@@ -197,14 +128,13 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """
     import timm
     from safetensors.torch import save_file
-    from timm.models._hub import save_config_for_hf
 
     stem = stem_of(model)
-    if not recorded(model) and type(core_of(model)).__name__ != "TNT":
+    if not recorded(model) and not row(core_of(model)).pixel_kernel:
         extras["model_args"] = {**sizes_of(model, stem.geometry, stem), **extras.get("model_args", {})}
     title = f"timm's {title_of(model)}"
     save_file(contiguous(model, title), directory / "model.safetensors")
-    save_config_for_hf(_with_classes(model), str(directory / "config.json"), **extras)
+    write_config(_with_classes(model), directory / "config.json", **extras)
     require_rebuilds(directory, model, lambda: timm.create_model(f"local-dir:{directory}"), title)
 
 
@@ -223,9 +153,4 @@ def _with_classes(model: Any) -> Any:
         counts.add(0 if isinstance(head, nn.Identity) else getattr(head, "out_features", model.num_classes))
     if len(counts) != 1 or counts == {model.num_classes}:
         return model
-    described = copy.copy(model)  # a second name for the same modules
-    described.num_classes = counts.pop()
-    for record in ("_traits", "_model_args"):
-        if "num_classes" in (vars(model).get(record) or {}):
-            setattr(described, record, {**vars(model)[record], "num_classes": described.num_classes})
-    return described
+    return with_classes(model, counts.pop())

@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import math
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from anypatch.core.adapters import innermost
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.limits import LimitError
 from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
-from anypatch.hosts.base import Example, class_tokens, comes_from, pair, plain
-from anypatch.hosts.timm.private import core_of, recorded
-
-NAME = "timm"
-
-# Flattening order of a patch for linear patch embeddings: NaFlexViT's puts channels last, Gemma 4's first.
-ORDERS = {r"embeds\.proj\.": "h w c", r"patch_embed\.input_proj\.": "c h w"}
-
-# Stems of several convolutions whose image size can change all the same: their positions are ordinary tables,
-# or none.
-FIXED_PATCH = ("Xcit",)
-
-_building = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Stem:
-    """What is linear between pixels and tokens.
-
-    Attributes:
-        geometry: the model's geometry.
-        paths: the projections, as module paths in the model that timm builds.
-        refusal: why the patch cannot change, where it cannot.
-        unit: pixels per entry of the map that the projection sees; more than one behind a backbone.
-        grids: grids of further branches, at a geometry.
-        whole: whether exactness needs whole multiples of the patch (padding, cropping).
-    """
-
-    geometry: Geometry
-    paths: tuple[str, ...] = ()
-    refusal: str | None = None
-    unit: Size = (1, 1)
-    grids: Callable[[Geometry], list[Size]] = field(default=lambda geometry: [])
-    whole: bool = False
+from anypatch.hosts.base import comes_from, pair, plain
+from anypatch.hosts.timm.facts import ORDERS, row
+from anypatch.hosts.timm.private import core_of, create, is_extractor, note_image_size, recorded
+from anypatch.hosts.timm.stems import Stem, arguments_of, branches, stem_of, title_of, unwrapped
 
 
 def recognises(model: nn.Module) -> bool:
@@ -110,7 +74,7 @@ def sizes(model: Any, geometry: Geometry) -> dict[str, Any]:
         UnsupportedModelError: there are none.
     """
     stem = stem_of(model)
-    if type(core_of(model)).__name__ == "TNT":
+    if row(core_of(model)).pixel_kernel:
         raise UnsupportedModelError(
             f"no arguments of timm's {title_of(model)} scale its pixel embedding with the patch"
         )
@@ -119,194 +83,15 @@ def sizes(model: Any, geometry: Geometry) -> dict[str, Any]:
     return sizes_of(model, geometry, stem)
 
 
-# -- what the stem is ------------------------------------------------------------------------------------------
-
-
-def stem_of(model: Any) -> Stem:
-    core = core_of(model)
-    kind = type(core).__name__
-    path = _first_layer(model)
-    embed: Any = getattr(core, "patch_embed", None)
-    if _backbone(core) is not None:
-        return _behind_backbone(model, core, embed)
-    if kind in FIXED_PATCH:
-        convolutions = [m for m in embed.modules() if isinstance(m, _ConvNd)]
-        patch = tuple(math.prod(c.stride[axis] for c in convolutions) for axis in (0, 1))
-        reason = (
-            f"patch_embed of {kind} is {len(convolutions)} convolutions with activations between them, not one linear "
-            f"map per patch: only its image_size can change"
-        )
-        return Stem(_geometry(model, patch, patch, path), refusal=reason)
-    projection = None if path is None else _layer(model, path)
-    if path is None or not isinstance(projection, (_ConvNd, nn.Linear)):
-        first = next((f": {name} is {layer}" for name, layer in core.named_modules() if isinstance(layer, _ConvNd)), "")
-        raise UnsupportedModelError(
-            f"{title_of(model)} has no patch embedding that anypatch can find: timm names no convolution or linear "
-            f"layer as the first that sees pixels{first}"
-        )
-    if isinstance(projection, nn.Linear):
-        size = getattr(_parent(model, path), "patch_size", None)
-        if size is None:
-            raise UnsupportedModelError(f"{path} of {title_of(model)} is a linear layer whose patch size is not known")
-        patch = pair(size)
-        return Stem(_geometry(model, patch, patch, path), (path,))
-    stride, kernel = tuple(projection.stride), tuple(projection.kernel_size)
-    if kind == "TNT":
-        patch = pair(core.pixel_embed.patch_size)
-        return Stem(_geometry(model, patch, patch, path), (path,), whole=True)
-    if kind == "PoolingVisionTransformer":
-        geometry = _geometry(model, stride, kernel, path)
-        return Stem(replace(geometry, explicit_grid=tuple(core.patch_embed.grid_size)), (path,))
-    if isinstance(projection.padding, str) or any(projection.padding) or kernel != stride:
-        others = sum(isinstance(m, _ConvNd) for m in core.modules()) - 1
-        more = f", and {others} more convolutions follow it" if others > 1 else ""
-        raise UnsupportedModelError(
-            f"{path} of {title_of(model)} is an overlapping convolution (kernel {show(kernel)}, stride {show(stride)}, "
-            f"padding {projection.padding}){more}: its stem is not one linear map per patch"
-        )
-    geometry = _geometry(model, stride, kernel, path)
-    if kind == "CrossVit":
-        paths = tuple(f"patch_embed.{i}.proj" for i in range(core.num_branches))
-        geometry = replace(geometry, prefix_tokens=1)
-        return Stem(geometry, paths, grids=lambda g: [grid for _, grid in _branches(core, g)[1:]], whole=True)
-    refusal = None
-    if kind == "CoaT":
-        refusal = (
-            f"{title_of(model)} builds patch_embed2 for a quarter of the image whatever the patch is: "
-            f"only its image_size can change"
-        )
-    return Stem(geometry, (path,), refusal)
-
-
-def _behind_backbone(model: Any, core: Any, embed: Any) -> Stem:
-    """A convolutional backbone, then a projection of its feature map: only the projection is linear."""
-    if type(core).__name__ == "VOLO":
-        unit = tuple(embed.conv[0].stride)
-        entries = tuple(embed.proj.stride)
-    else:
-        unit, entries = pair(embed.feature_ratio), pair(embed.patch_size)
-    patch = tuple(u * p for u, p in zip(unit, entries, strict=True))
-    geometry = _geometry(model, patch, patch, "patch_embed.proj")
-    if isinstance(embed.proj, nn.Identity):
-        return Stem(
-            geometry,
-            refusal=f"{title_of(model)} has no projection after patch_embed.backbone ({type(embed.backbone).__name__}"
-            f"), which is not one linear map per patch: only its image_size can change",
-        )
-    return Stem(geometry, ("patch_embed.proj",), unit=unit)
-
-
-def _backbone(core: Any) -> str | None:
-    """Name of the convolutions inside the patch embedding that come before its projection: hybrids', VOLO's."""
-    embed: Any = getattr(core, "patch_embed", None)
-    if hasattr(embed, "backbone"):
-        return "backbone"
-    return "conv" if type(core).__name__ == "VOLO" else None
-
-
-def _geometry(model: Any, patch: Size, kernel: Size, path: str | None) -> Geometry:
-    core = core_of(model)
-    prefix = getattr(core, "num_prefix_tokens", None)
-    if prefix is None:
-        prefix = class_tokens(core)
-    return Geometry(patch, _image_size(model, path), prefix, NAME, kernel_size=kernel)
-
-
-def title_of(model: Any) -> str:
-    return f"{type(core_of(model)).__name__} ({model.pretrained_cfg['architecture']})"
-
-
-def _first_layer(model: Any) -> str | None:
-    """Path of the layer that timm itself names as the first that sees pixels, in the model without wrappers."""
-    name = getattr(model, "_traits", {}).get("first_conv") or model.pretrained_cfg.get("first_conv")
-    if isinstance(name, (tuple, list)):
-        name = name[0] if name else None
-    core = core_of(model)
-    names = [name] if isinstance(name, str) else []
-    # encoders that timm lists without naming a first layer; feature extractors that flatten the stem
-    names += ["patch_embed.proj", "patch_embed.input_proj"]
-    names += [n.replace(".", "_") for n in names]
-    for candidate in names:
-        try:
-            layer = core.get_submodule(candidate)
-        except AttributeError:
-            continue
-        if candidate == name or isinstance(_unwrapped(layer), (_ConvNd, nn.Linear)):
-            return candidate
-    return None
-
-
-def _unwrapped(layer: nn.Module) -> nn.Module:
-    """The layer inside an adapter, or inside a module of the user's."""
-    return layer if comes_from(layer, NAME) else innermost(layer)
-
-
-def _layer(model: Any, path: str) -> nn.Module:
-    return _unwrapped(core_of(model).get_submodule(path))
-
-
-def _parent(model: Any, path: str) -> nn.Module:
-    return core_of(model).get_submodule(path.rpartition(".")[0])
-
-
-def _image_size(model: Any, path: str | None) -> Size:
-    core = core_of(model)
-    parent = None if path is None else _parent(model, path)
-    for size in (
-        getattr(parent, "img_size", None),
-        getattr(getattr(core, "patch_embed", None), "img_size", None),
-        getattr(model, "_traits", {}).get("img_size"),
-        getattr(core, "img_size", None),
-    ):
-        if isinstance(size, int):
-            return (size, size)
-        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(s, int) for s in size):
-            return tuple(size)
-    return tuple(model.pretrained_cfg.get("input_size", (3, 224, 224))[-2:])
-
-
-def _branches(core: Any, geometry: Geometry) -> list[tuple[int, Size]]:
-    """CrossViT's branches at a geometry, as (patch, grid).
-
-    ``patch_size`` and ``image_size`` are those of the first branch; the others scale in proportion.
-    """
-    assert geometry.image_size is not None
-    first = geometry.patch_size[0]
-    if geometry.patch_size != (first, first):
-        raise UnsupportedModelError(f"CrossVit takes square patches only, got {show(geometry.patch_size)}")
-    base = core.patch_embed[0].patch_size[0]
-    found = []
-    for i, embed in enumerate(core.patch_embed):
-        patch = Fraction(embed.patch_size[0] * first, base)
-        if patch.denominator != 1:
-            raise GeometryError(
-                f"patch_size {first} would give branch {i} patches of {float(patch):.4g} pixels (they scale in "
-                f"proportion, {base} to {embed.patch_size[0]}): use a multiple of "
-                f"{base // math.gcd(base, embed.patch_size[0])}"
-            )
-        sides = [
-            Fraction(scaled, own) * side
-            for scaled, own, side in zip(core.img_size_scaled[i], core.img_size, geometry.image_size, strict=True)
-        ]
-        if any(side % patch for side in sides):
-            raise GeometryError(
-                f"image_size {show(geometry.image_size)} gives branch {i} an image of "
-                f"{show(tuple(int(s) for s in sides))}, which its patch_size {patch} does not divide"
-            )
-        found.append((int(patch), tuple(int(side / patch) for side in sides)))
-    return found
-
-
 # -- building twins --------------------------------------------------------------------------------------------
 
 
 def _build(model: Any, geometry: Geometry, stem: Stem) -> Any:
-    core = core_of(model)
-    if type(core).__name__ == "TNT":
-        return _build_tnt(model, core, geometry)
+    if row(core_of(model)).pixel_kernel:
+        return _build_of_pixels(model, geometry)
     sizes = sizes_of(model, geometry, stem)
     try:
-        return _create(model, _arguments(model), sizes)
+        return create(model, arguments_of(model), sizes)
     except LimitError:
         raise
     except (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
@@ -337,37 +122,9 @@ def _require_merged(twin: nn.Module, geometry: Geometry) -> None:
 
 def sizes_of(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
     """The constructor's arguments that make a model of this geometry."""
-    core = core_of(model)
-    kind, arguments = type(core).__name__, _arguments(model)
     assert geometry.image_size is not None
-    patch = tuple(p // u for p, u in zip(geometry.patch_size, stem.unit, strict=True))
-    if any(p * u != s for p, u, s in zip(patch, stem.unit, geometry.patch_size, strict=True)):
-        raise GeometryError(
-            f"patch_size {show(geometry.patch_size)} must be a multiple of the backbone's stride, {show(stem.unit)}"
-        )
-    if kind == "VOLO":  # whose argument is in pixels
-        patch = geometry.patch_size
-        if len(set(patch)) > 1 or patch[0] not in (4, 8, 16):
-            raise GeometryError(f"timm's VOLO takes patch_size 4, 8 or 16, not {show(patch)}")
-    sizes: dict[str, Any] = {"img_size": plain(geometry.image_size), "patch_size": plain(patch)}
-    if kind == "PoolingVisionTransformer":
-        assert geometry.kernel_size is not None
-        if len(set(geometry.patch_size)) > 1:
-            raise UnsupportedModelError(f"{title_of(model)} takes one stride for both axes")
-        sizes |= {"patch_size": plain(geometry.kernel_size), "stride": geometry.patch_size[0]}
-    elif kind == "ConVit" and len(set(geometry.grid or ())) > 1:
-        raise GeometryError(
-            f"{title_of(model)} computes its local attention for square grids only: image_size "
-            f"{show(geometry.image_size)} and patch_size {show(geometry.patch_size)} give {show(geometry.grid)}"
-        )
-    elif kind == "CrossVit":
-        sizes["patch_size"] = tuple(patch for patch, _ in _branches(core, geometry))
-    elif kind == "Sequencer2d":
-        if len(set(geometry.patch_size)) > 1:
-            raise UnsupportedModelError(f"{title_of(model)} takes square patches only")
-        later = [stage.downsample.down.stride[0] for stage in core.stages[1:]]
-        sizes = {"img_size": sizes["img_size"], "patch_sizes": [geometry.patch_size[0], *later]}
-    accepted = _accepted(model)
+    arguments, accepted = arguments_of(model), _accepted(model)
+    sizes: dict[str, Any] = {"img_size": plain(geometry.image_size), **_patches(model, geometry, stem)}
     open_ended = "cfg" in accepted or "**" in accepted
     if "img_size" not in accepted and not open_ended and "img_size" not in arguments:
         del sizes["img_size"]
@@ -379,6 +136,41 @@ def sizes_of(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
             f"timm's {title_of(model)} takes no patch_size, so no model of its own could hold another patch"
         )
     return sizes
+
+
+def _patches(model: Any, geometry: Geometry, stem: Stem) -> dict[str, Any]:
+    """Those of them that say the patch, by the class's own custom."""
+    core = core_of(model)
+    known, patch = row(core), _entries(model, geometry, stem)
+    if known.one_side and len(set(geometry.patch_size)) > 1:
+        raise UnsupportedModelError(f"{title_of(model)} takes {known.one_side}")
+    if known.square_grid and len(set(geometry.grid or ())) > 1:
+        raise GeometryError(
+            f"{title_of(model)} computes its local attention for square grids only: image_size "
+            f"{show(geometry.image_size)} and patch_size {show(geometry.patch_size)} give {show(geometry.grid)}"
+        )
+    if known.overlapping:
+        assert geometry.kernel_size is not None
+        return {"patch_size": plain(geometry.kernel_size), "stride": geometry.patch_size[0]}
+    if known.branches:
+        return {"patch_size": tuple(patch for patch, _ in branches(core, geometry))}
+    if known.per_stage:
+        later = [stage.downsample.down.stride[0] for stage in core.stages[1:]]
+        return {"patch_sizes": [geometry.patch_size[0], *later]}
+    return {"patch_size": plain(patch)}
+
+
+def _entries(model: Any, geometry: Geometry, stem: Stem) -> Size:
+    """The patch in entries of the map that the projection sees, or in pixels where the constructor wants those."""
+    known, size = row(core_of(model)), geometry.patch_size
+    patch = tuple(p // u for p, u in zip(size, stem.unit, strict=True))
+    if any(p * u != s for p, u, s in zip(patch, stem.unit, size, strict=True)):
+        raise GeometryError(f"patch_size {show(size)} must be a multiple of the backbone's stride, {show(stem.unit)}")
+    if known.patches and (len(set(size)) > 1 or size[0] not in known.patches):
+        *most, last = known.patches
+        taken = f"{', '.join(map(str, most))} or {last}"
+        raise GeometryError(f"timm's {type(core_of(model)).__name__} takes patch_size {taken}, not {show(size)}")
+    return size if known.in_pixels else patch
 
 
 def _require_same_layout(model: Any, twin: nn.Module) -> None:
@@ -397,34 +189,15 @@ def _require_same_layout(model: Any, twin: nn.Module) -> None:
             )
 
 
-def _arguments(model: Any) -> dict[str, Any]:
-    """What ``timm.create_model`` was called with, brought up to date."""
-    arguments = dict(getattr(model, "_model_args", {}))
-    arguments.pop("pretrained_model_args", None)
-    for name in ("num_classes", "in_chans"):
-        if isinstance(getattr(model, name, None), int) and not arguments.get("features_only"):
-            arguments[name] = getattr(model, name)
-    if not recorded(model):
-        arguments.setdefault("in_chans", _channels(model))
-    return arguments
-
-
-def _channels(model: Any) -> int:
-    """Channels of the input."""
-    path = _first_layer(model)
-    layer = None if path is None else _layer(model, path)
-    channels = getattr(core_of(model), "in_chans", None) or getattr(layer, "in_channels", None)
-    return int(channels or model.pretrained_cfg["input_size"][0])
-
-
 def _class(model: Any) -> type[nn.Module]:
     """The class of the model itself, also where a feature extractor has taken it apart."""
     core = core_of(model)
-    if not type(core).__module__.startswith("timm.models._features"):
+    if not is_extractor(core):
         return type(core)
     import timm
 
-    arguments = {k: v for k, v in _arguments(model).items() if k not in ("features_only", "out_indices", "feature_cls")}
+    extracting = ("features_only", "out_indices", "feature_cls")
+    arguments = {k: v for k, v in arguments_of(model).items() if k not in extracting}
     return type(empty(lambda: timm.create_model(model.pretrained_cfg["architecture"], **arguments)))
 
 
@@ -434,70 +207,31 @@ def _accepted(model: Any) -> set[str]:
     return {"**" if p.kind is p.VAR_KEYWORD else name for name, p in parameters.items()}
 
 
-def _create(model: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> Any:
-    import timm
-
-    twin: Any
-    name = model.pretrained_cfg["architecture"]
-    try:
-        return timm.create_model(name, **{**arguments, **sizes})
-    except (TypeError, KeyError) as error:
-        # Python 3.11 says the same by a KeyError where another error is being handled.
-        twice = isinstance(error, KeyError) and error.args[:1] and error.args[0] in sizes
-        if not twice and "multiple values for keyword argument" not in str(error):
-            raise
-    # this entry point fixes an argument of its own: hand the sizes to the constructor instead
-    arguments = {k: v for k, v in arguments.items() if k not in sizes}
-    with _constructing(_class(model), sizes):
-        twin = timm.create_model(name, **arguments)
-    if recorded(twin):
-        twin._model_args = {**twin._model_args, **sizes}
-    if "img_size" in sizes and hasattr(twin, "_traits"):
-        twin._traits = {**twin._traits, "img_size": pair(sizes["img_size"])}
-    return twin
-
-
-@contextlib.contextmanager
-def _constructing(kind: type[nn.Module], sizes: dict[str, Any]) -> Iterator[None]:
-    """Let this thread construct ``kind`` with ``sizes``, whatever else is passed."""
-    original, thread = kind.__init__, threading.get_ident()
-
-    def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() == thread:
-            kwargs = {**kwargs, **sizes}
-        original(self, *args, **kwargs)
-
-    with _building:
-        kind.__init__ = construct  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            kind.__init__ = original  # type: ignore[method-assign]
-
-
-def _build_tnt(model: Any, core: Any, geometry: Geometry) -> Any:
+def _build_of_pixels(model: Any, geometry: Geometry) -> Any:
     """TNT at any whole multiple of its patch, with the inner grid of pixels it was trained with.
 
     timm's class fixes the kernel (7, padding 3) of the pixel embedding, so the twin is built at the native patch and
     kernel, stride and padding are scaled together.
     """
-    live: Any = _unwrapped(core.pixel_embed.proj)
-    native = tuple(p * 7 // k for p, k in zip(pair(core.pixel_embed.patch_size), live.kernel_size, strict=True))
-    grid = geometry.grid
+    known, grid = row(core_of(model)), geometry.grid
+    present: Any = getattr(core_of(model), known.pixels)
+    kernel: Any = unwrapped(present.proj).kernel_size
+    native = tuple(p * known.pixel_kernel // k for p, k in zip(pair(present.patch_size), kernel, strict=True))
     assert grid is not None
     sizes = {
         "img_size": plain(tuple(g * n for g, n in zip(grid, native, strict=True))),
         "patch_size": plain(native),
     }
-    twin = _create(model, _arguments(model), sizes)
+    twin = create(model, arguments_of(model), sizes)
     if geometry.patch_size == native:
         return twin
-    inner = core_of(twin).pixel_embed
+    inner: Any = getattr(core_of(twin), known.pixels)
     ratio = [Fraction(new, old) for new, old in zip(geometry.patch_size, native, strict=True)]
     if any(r.denominator != 1 for r in ratio):
+        side = known.pixel_kernel
         raise GeometryError(
-            f"{title_of(model)} embeds pixels by a padded 7x7 convolution, which scales by whole factors only: "
-            f"patch_size must be a multiple of {show(native)}, got {show(geometry.patch_size)}"
+            f"{title_of(model)} embeds pixels by a padded {side}x{side} convolution, which scales by whole factors "
+            f"only: patch_size must be a multiple of {show(native)}, got {show(geometry.patch_size)}"
         )
     scaled: Any = [
         tuple(int(v * r) for v, r in zip(values, ratio, strict=True))
@@ -509,8 +243,7 @@ def _build_tnt(model: Any, core: Any, geometry: Geometry) -> Any:
         inner.unfold = nn.Unfold(kernel_size=geometry.patch_size, stride=geometry.patch_size)
     for info in core_of(twin).feature_info:
         info["reduction"] = max(geometry.patch_size)
-    if hasattr(twin, "_traits"):
-        twin._traits = {**twin._traits, "img_size": geometry.image_size}
+    note_image_size(twin, geometry.image_size)
     return twin
 
 
@@ -528,47 +261,3 @@ def _bookkeeping(model: Any, geometry: Geometry) -> list[tuple[nn.Module, str, A
         cfg["test_input_size"] = (cfg["test_input_size"][0], *geometry.image_size)
     names = [n for n in ("pretrained_cfg", "default_cfg") if hasattr(model, n)]
     return [(model, name, cfg) for name in names]
-
-
-# -- inputs for the proof --------------------------------------------------------------------------------------
-
-
-def example(subject: Subject) -> Example:
-    return example_at(subject.model, subject.geometry)
-
-
-def example_at(model: Any, geometry: Geometry) -> Example:
-    """What to feed a model that stands alone or as the tower of another library's."""
-    core = core_of(model)
-    assert geometry.image_size is not None
-    if _backbone(core) is not None and not isinstance(core.patch_embed.proj, nn.Identity):
-        unit = stem_of(model).unit
-        fed = tuple(s // u for s, u in zip(geometry.image_size, unit, strict=True))
-        return Example((2, core.patch_embed.proj.in_channels, *fed), _after_backbone, unit=unit)
-    call = _cropping if type(core).__name__ == "CrossVit" else lambda m, pixels: m(pixels)
-    return Example((2, _channels(model), *geometry.image_size), call)
-
-
-def _after_backbone(model: Any, features: Tensor) -> Any:
-    """The model on a feature map of its backbone: what comes before the map is not linear and does not change."""
-    embed, name = core_of(model).get_submodule("patch_embed"), str(_backbone(core_of(model)))
-    backbone = embed.get_submodule(name)
-    embed._modules[name] = nn.Identity()
-    try:
-        return model(features)
-    finally:
-        embed._modules[name] = backbone
-
-
-def _cropping(model: Any, pixels: Tensor) -> Any:
-    """CrossViT, cropping where it would shrink the image for its second branch.
-
-    A bicubic resize of the image does not commute with enlarging its patches, a crop does; every weight and position
-    of both branches is proved all the same.
-    """
-    core = core_of(model)
-    crop, core.crop_scale = core.crop_scale, True
-    try:
-        return model(pixels)
-    finally:
-        core.crop_scale = crop

@@ -13,6 +13,7 @@ from torch import nn
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.timm import model as trunks
+from anypatch.hosts.timm.stems import NAME as TIMM
 from anypatch.hosts.transformers.facts import row
 
 TIME = ("tubelet_size", "temporal_patch_size", "patch_temporal")
@@ -201,7 +202,7 @@ def _write_sizes(config: Any, geometry: Geometry, current: Geometry) -> None:
 def _write_timm(config: Any, tower: nn.Module, geometry: Geometry) -> None:
     """What ``timm.create_model`` is given, and the input size that image processors read."""
     assert geometry.image_size is not None
-    sizes = trunks.sizes(tower, replace(geometry, library=trunks.NAME))
+    sizes = trunks.sizes(tower, replace(geometry, library=TIMM))
     config.model_args = {**(config.model_args or {}), **sizes}
     about = getattr(config, "pretrained_cfg", None)
     for name in ("input_size", "test_input_size"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anypatch.core.geometry import Size, show
 from anypatch.core.twins import Subject
 from anypatch.hosts.base import Example
-from anypatch.hosts.timm import model as trunks
+from anypatch.hosts.timm.feeding import example_at
 from anypatch.hosts.transformers.config import FRAMES, STRIDE, channels, first_of, sizes
 from anypatch.hosts.transformers.facts import row
 from anypatch.hosts.transformers.model import Vision
@@ -51,7 +51,7 @@ def _whole(subject: Subject) -> Example:
     image = geometry.image_size or tuple(p if video and i == 0 else GRID * p for i, p in enumerate(geometry.patch_size))
     towers = vision.towers(subject.model)
     if towers:
-        inner = trunks.example_at(towers[0], geometry)
+        inner = example_at(towers[0], geometry)
         if not vision.parts[0].path or any(unit > 1 for unit in inner.unit):  # the wrapper alone, or behind a backbone
             return Example(inner.shape, lambda m, x: inner.call(vision.towers(m)[0], x), inner.unit)
         count = inner.shape[1]

@@ -20,6 +20,7 @@ from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import class_tokens
 from anypatch.hosts.timm import model as trunks
+from anypatch.hosts.timm.stems import NAME as TIMM
 from anypatch.hosts.transformers.config import (
     STRIDE,
     Part,
@@ -124,7 +125,7 @@ def describe(model: nn.Module) -> Vision:
 
 def _finish(tower: nn.Module, geometry: Geometry) -> list[tuple[nn.Module, str, Any]]:
     finish = trunks.subject(tower).finish
-    return [] if finish is None else finish(replace(geometry, library=trunks.NAME))
+    return [] if finish is None else finish(replace(geometry, library=TIMM))
 
 
 def _timm_paths(model: nn.Module) -> dict[str, list[str]]:

@@ -1,0 +1,49 @@
+"""What single layers of torch say of patches: padding, the block that they rearrange, how far they enlarge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from anypatch.core.account import Extra
+from anypatch.core.geometry import Size
+
+
+def padding_of(conv: Any) -> tuple[int, ...]:
+    return () if conv.padding == "valid" else (1,) if isinstance(conv.padding, str) else tuple(conv.padding)
+
+
+def block_of(module: Any) -> Size:
+    if isinstance(module, nn.PixelShuffle):
+        return (module.upscale_factor,) * 2
+    if isinstance(module, nn.PixelUnshuffle):
+        return (module.downscale_factor,) * 2
+    return tuple(module.stride) if isinstance(module.stride, tuple) else (module.stride,) * 2
+
+
+def layer_before(path: str, extras: Iterable[Extra]) -> tuple[str, nn.Module] | None:
+    """The layer before another in an ``nn.Sequential``."""
+    parent, _, name = path.rpartition(".")
+    modules = {extra.path: extra.module for extra in extras}
+    chain = modules.get(parent)
+    if not isinstance(chain, nn.Sequential):
+        return None
+    names = list(chain._modules)
+    index = names.index(name)
+    if index == 0:
+        return None
+    where = f"{parent}.{names[index - 1]}"
+    return where, chain[index - 1]
+
+
+def enlarges(module: nn.Module) -> float:
+    if isinstance(module, nn.PixelShuffle):
+        return float(module.upscale_factor)
+    if isinstance(module, nn.ConvTranspose2d):
+        return float(module.stride[0])
+    if isinstance(module, nn.Upsample) and module.scale_factor is not None:
+        factor = module.scale_factor
+        return float(factor[0] if isinstance(factor, tuple) else factor)
+    return 1.0

@@ -1,0 +1,96 @@
+"""What the structural rule finds in a live model: its geometry, tables and pixel heads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from anypatch.core.geometry import Geometry, Size
+from anypatch.hosts.base import class_tokens
+from anypatch.hosts.structural.following import FRAME_NAMES, IMAGE_NAMES, entries, ints
+from anypatch.hosts.structural.heads import pixel_heads
+from anypatch.hosts.structural.stems import require_vit, stem_of, stems_of
+from anypatch.hosts.structural.tables import (
+    CONVOLUTIONS,
+    Table,
+    ancestors,
+    find_tables,
+    is_relative,
+    position_tensors,
+)
+
+NAME = "generic"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the structural rule found in a live model."""
+
+    geometry: Geometry
+    stem: str
+    part: str
+    tables: tuple[Table, ...]
+    heads: dict[str, tuple[int, str]]  # pixel heads: path -> (channels, flattening order, "" where unknown)
+    stems: tuple[str, ...]  # the stem and whatever else cuts the same patches out of pixels
+
+
+def layout_of(model: nn.Module) -> Layout:
+    stem = stem_of(model)
+    conv = model.get_submodule(stem)
+    assert isinstance(conv, CONVOLUTIONS)
+    patch = tuple(conv.stride)
+    image = _image_size(model, stem, conv)
+    if image is None:
+        image = _image_from_table(model, stem, patch)
+    geometry = Geometry(patch, image, 0, NAME)
+    part, tables = find_tables(model, stem, geometry)
+    prefix = next((t.prefix for t in tables if len(t.axes) == 1 and t.prefix >= 0), None)
+    if prefix is None:
+        prefix = class_tokens(model.get_submodule(part))
+    require_vit(model, stem, tables)
+    heads = pixel_heads(model, conv)
+    return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads, stems_of(model, stem))
+
+
+def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
+    """The image size that the modules around the stem record."""
+    axes = len(conv.stride)  # type: ignore[arg-type]
+    side = None
+    frames = None
+    for ancestor in ancestors(stem):
+        for _, name, value in entries(model.get_submodule(ancestor)):
+            if name in FRAME_NAMES and type(value) is int:
+                frames = frames or value
+            if name not in IMAGE_NAMES:
+                continue
+            size = (value, value) if type(value) is int else ints(value)
+            if size is None:
+                continue
+            if len(size) == 3 and axes == 2 and size[0] == conv.in_channels:
+                size = size[1:]
+            if len(size) in (2, axes) and all(s >= p for s, p in zip(size[::-1], conv.stride[::-1], strict=False)):  # type: ignore[index]
+                side = side or size
+    if side is None or len(side) == axes:
+        return side
+    return None if frames is None else (frames, *side)
+
+
+def _image_from_table(model: nn.Module, stem: str, patch: Size) -> Size | None:
+    """A square image, from the length of the table nearest to the stem."""
+    for ancestor in ancestors(stem):
+        for path, name, tensor in position_tensors(model, ancestor):
+            if len(patch) != 2 or tensor.ndim < 2 or is_relative(name):
+                continue
+            if tensor.ndim == 4:
+                sides = tensor.shape[1:3] if tensor.shape[1] == tensor.shape[2] else tensor.shape[2:4]
+                if sides[0] == sides[1]:
+                    return tuple(s * p for s, p in zip(sides, patch, strict=True))
+                continue
+            known = class_tokens(model.get_submodule(path.rpartition(".")[0] if name == "weight" else path))
+            for prefix in dict.fromkeys((known, 0, 1, 2)):
+                side = math.isqrt(max(tensor.shape[-2] - prefix, 0))
+                if side > 1 and side * side == tensor.shape[-2] - prefix:
+                    return tuple(side * p for p in patch)
+    return None

@@ -1,0 +1,120 @@
+"""Where a hand-made model cuts patches out of pixels."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from anypatch.core.geometry import show
+from anypatch.errors import UnsupportedModelError
+from anypatch.hosts.structural.tables import (
+    CONVOLUTIONS,
+    Table,
+    ancestors,
+)
+
+PIXEL_CHANNELS = 4  # what an image has at most; a stem that reads more is known by cutting patches before anything else
+
+
+EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)
+
+
+ATTENTION = re.compile(r"attention|attn", re.I)
+
+
+def stem_of(model: nn.Module) -> str:
+    """The path of the first convolution that sees pixels.
+
+    Raises:
+        UnsupportedModelError: there is none, or the stem is not one linear map per patch.
+    """
+    spatial = {
+        path: m
+        for path, m in model.named_modules()
+        if isinstance(m, CONVOLUTIONS) and max(m.kernel_size) > 1 and "lora_" not in path
+    }
+    if not spatial:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no patch embedding that anypatch can find: no convolution with a kernel "
+            f"(of linear layers over flattened patches the flattening order is not known)"
+        )
+    path = _first(spatial)
+    conv = spatial[path]
+    padding = conv.padding if isinstance(conv.padding, str) else any(conv.padding)
+    if conv.kernel_size != conv.stride or padding not in (False, "valid"):
+        raise UnsupportedModelError(
+            f"{path}, the first convolution, has kernel {show(conv.kernel_size)}, stride {show(conv.stride)} and "
+            f"padding {conv.padding}: the stem is not one linear map per patch"
+        )
+    if set(conv.dilation) != {1} or conv.groups != 1:
+        raise UnsupportedModelError(f"{path} is dilated or grouped: the stem is not one linear map per patch")
+    for ancestor in ancestors(path)[:-1]:
+        module = model.get_submodule(ancestor)
+        named = EMBEDDING.search(ancestor.rpartition(".")[2]) or EMBEDDING.search(type(module).__name__)
+        inside = [p for p in spatial if p.startswith(f"{ancestor}.")]
+        if named and len(inside) > 1 and _is_embedding(module) and not _parallel([spatial[p] for p in inside]):
+            raise UnsupportedModelError(
+                f"{ancestor} ({type(module).__name__}) is {len(inside)} convolutions ({', '.join(inside[:3])}): the "
+                f"stem is not one linear map per patch"
+            )
+    return path
+
+
+def _first(spatial: dict[str, Any]) -> str:
+    """The convolution that sees pixels: one that reads few channels, or one that cuts patches before any such."""
+    for path, conv in spatial.items():
+        if conv.in_channels <= PIXEL_CHANNELS or _cuts_patches(conv):
+            return path
+    return next(iter(spatial))
+
+
+def _cuts_patches(conv: Any) -> bool:
+    padding = conv.padding != "valid" if isinstance(conv.padding, str) else any(conv.padding)
+    return conv.kernel_size == conv.stride and not padding
+
+
+def _parallel(convs: list[Any]) -> bool:
+    """Whether convolutions cut the same patches side by side (one per group of bands), none after another."""
+    first = convs[0]
+    return all(
+        _cuts_patches(c)
+        and (c.stride, c.out_channels) == (first.stride, first.out_channels)
+        and c.in_channels != first.out_channels
+        for c in convs
+    )
+
+
+def stems_of(model: nn.Module, stem: str) -> tuple[str, ...]:
+    """All convolutions that cut the stem's patches out of pixels: a second modality's, one per group of bands."""
+    first: Any = model.get_submodule(stem)
+    parent = stem.rpartition(".")[0]
+    found = []
+    for path, conv in model.named_modules():
+        if not isinstance(conv, CONVOLUTIONS) or not _cuts_patches(conv) or conv.stride != first.stride:
+            continue
+        pixels = conv.in_channels <= PIXEL_CHANNELS or conv.in_channels == first.in_channels
+        beside = path.rpartition(".")[0] == parent and conv.in_channels != first.out_channels
+        if (pixels or beside) and conv.groups == 1 and "lora_" not in path:
+            found.append(path)
+    return tuple(found)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Whether a module embeds patches, rather than being a whole model with "patch" in its name."""
+    return not any(isinstance(m, nn.MultiheadAttention) or ATTENTION.search(type(m).__name__) for m in module.modules())
+
+
+def require_vit(model: nn.Module, stem: str, tables: tuple[Table, ...]) -> None:
+    if tables or EMBEDDING.search(stem):
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) or ATTENTION.search(f"{path} {type(module).__name__}"):
+            return
+        if EMBEDDING.search(type(module).__name__) or "patch_size" in vars(module):
+            return
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no patch embedding that anypatch can find: {stem} cuts the image into patches, "
+        f"but neither positions nor attention follow"
+    )
