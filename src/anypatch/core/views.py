@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from anypatch.core.adapters import HELD
 from anypatch.core.attributes import ATOMS, like
-from anypatch.core.plan import Plan, SetAttribute, SetBuffer, SetModule, SetParameter, Step
+from anypatch.core.plan import Plan
+from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 

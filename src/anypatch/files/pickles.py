@@ -25,7 +25,6 @@ from anypatch.errors import CheckpointError
 from anypatch.files.header import flat_view, map_file
 from anypatch.files.opening import identity, open_regular
 
-LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 MAX_PICKLE = 1 << 30  # bytes of the description of a model's tensors; those of the largest models take a few megabytes
 # An expanded tensor repeats the same bytes. More than this many times the file is a request for memory, not a model.
 MAX_EXPANSION = 64
@@ -262,10 +261,10 @@ def read_archive(path: Path) -> Any:
                 records[key] = _swapped(values) if order.decode("ascii", "replace") != sys.byteorder else values
             return _typed(records[key], dtype)
 
-        return _unpickled(path, BytesIO(data), record)
+        return unpickled(path, BytesIO(data), record)
 
 
-def _unpickled(path: Path, data: Any, record: Record) -> Any:
+def unpickled(path: Path, data: Any, record: Record) -> Any:
     refused: list[str] = []
     try:
         return Unpickler(data, record, refused).load()
@@ -315,79 +314,6 @@ def _start(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     if start + info.file_size > file.tell():
         raise pickle.UnpicklingError(f"record {info.filename[:200]!r} is cut off")
     return int(start)
-
-
-class _Bounded:
-    """A file that is never asked for more bytes than it has left, whatever a pickle says."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
-
-    def read(self, count: int = -1) -> bytes:
-        left = self._size - self._file.tell()
-        return self._file.read(left if count < 0 else min(count, left))
-
-    def readline(self) -> bytes:
-        return self._file.readline(MAX_NAME * 64)
-
-
-def read_legacy(path: Path) -> Any:
-    """What is in a file that ``torch.save`` wrote before its archives (or writes still when asked to).
-
-    Three small pickles, the objects, the keys of their storages, then each storage: its length, and its values.
-
-    Raises:
-        CheckpointError: other objects than tensors are in it.
-        UnpicklingError: it is damaged.
-    """
-    with open_regular(path) as file:
-        which = identity(file)
-        bounded = _Bounded(file, which[2])
-        storages: dict[str, torch.UntypedStorage] = {}
-        types: dict[str, torch.dtype] = {}
-        claimed = 0
-
-        def record(key: str, dtype: torch.dtype, count: int) -> Tensor:
-            nonlocal claimed
-            if key not in storages:
-                claimed += count * dtype.itemsize
-                if claimed > which[2]:
-                    raise pickle.UnpicklingError(
-                        f"its storages would take {claimed} bytes, and the file has {which[2]}"
-                    )
-                storages[key], types[key] = torch.UntypedStorage(count * dtype.itemsize, device="cpu"), dtype
-            storage = storages[key]
-            number = len(storage) // dtype.itemsize
-            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (number,), (1,))
-
-        def no_record(*_: Any) -> Tensor:
-            raise pickle.UnpicklingError("a storage before the objects")
-
-        for _ in range(3):
-            _unpickled(path, bounded, no_record)
-        value = _unpickled(path, bounded, record)
-        keys = _unpickled(path, bounded, no_record)
-        if not isinstance(keys, list) or {str(k) for k in keys} != storages.keys():
-            raise pickle.UnpicklingError("its list of storages is not of those it uses")
-        for key in map(str, keys):
-            _fill(file, storages[key], types[key])
-        return value
-
-
-def _fill(file: BinaryIO, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
-    head = file.read(8)
-    if int.from_bytes(head, "little") * dtype.itemsize != len(storage):
-        raise pickle.UnpicklingError("a storage of another length than was said")
-    if not len(storage):
-        return
-    view = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (len(storage),), (1,))
-    buffer = memoryview(view.numpy().data).cast("B")
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise pickle.UnpicklingError("a storage that is cut off")
-        done += count
 
 
 def scripted_tensors(root: Any) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from anypatch.errors import CheckpointError
 from anypatch.files.header import map_tensors, read_header
+from anypatch.files.legacy import LEGACY_MAGIC, read_legacy
 from anypatch.files.npz import read_npz
 from anypatch.files.opening import first_line, open_regular
-from anypatch.files.pickles import LEGACY_MAGIC, read_archive, read_legacy, scripted_tensors
+from anypatch.files.pickles import read_archive, scripted_tensors
 from anypatch.files.wrappers import unwrap
 
 
