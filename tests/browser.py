@@ -45,6 +45,7 @@ class Page:
         self._read, up = os.pipe()
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += ["--no-first-run", "--hide-scrollbars", f"--user-data-dir={self._profile}"]
+        command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
         command += ["--remote-debugging-pipe", "about:blank"]
 
         # Chromium reads commands from descriptor 3 and answers on 4; a shell puts the pipes there.

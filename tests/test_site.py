@@ -5,9 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
 
 import anypatch
+from browser import Page, find_browser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -55,5 +62,81 @@ def test_notebooks_were_executed_and_did_not_fail():
     for path in (DOCS / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         assert cells
+        assert len(path.read_text()) <= 64_000, "its outputs are too large to keep"
         assert all(cell["execution_count"] for cell in cells), f"{path.name} was not executed: make site"
         assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+
+
+# -- the built site --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class Links(HTMLParser):
+    """What a page links to and loads, and the anchors that it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.loaded: list[str] = []
+        self.anchors = {""}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.anchors |= {found.get("id", ""), found.get("name", "")}
+        if tag == "a" and "href" in found:
+            self.targets.append(found["href"])
+        elif tag in ("script", "img", "source", "iframe") and "src" in found:
+            self.loaded.append(found["src"])
+        elif tag == "link" and found.get("rel") in ("stylesheet", "icon"):
+            self.loaded.append(found["href"])
+
+
+def _dead(site: Path) -> list[str]:
+    pages = {path: Links(path) for path in site.rglob("*.html")}
+    dead = []
+    for path, page in pages.items():
+        for target in page.targets + page.loaded:
+            parts = urlsplit(target)
+            if parts.scheme or path.name == "404.html":  # what lies outside is not asked for by a test
+                continue
+            place = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            place = place / "index.html" if place.is_dir() else place
+            known = pages.get(place)
+            if not place.exists() or (known is not None and unquote(parts.fragment) not in known.anchors):
+                dead.append(f"{path.relative_to(site)} -> {target}")
+    return dead
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_no_link_is_dead(site: Path, tmp_path: Path) -> None:
+    assert (site / "reference.html").exists()
+    assert not _dead(site)
+    for path in site.rglob("*.html"):  # read offline, too: nothing is loaded from elsewhere
+        assert [url for url in Links(path).loaded if urlsplit(url).scheme in ("http", "https")] == []
+    (tmp_path / "x.html").write_text("<a href='y.html'></a><a id='a'></a><a href='#b'></a><a href='x.html#a'></a>")
+    assert _dead(tmp_path) == ["x.html -> y.html", "x.html -> #b"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_and_say_nothing_on_the_console(site: Path, width: int, dark: bool) -> None:
+    with Page(width, 900, dark) as page:
+        for name in ("index", "reference", "guides/tune", "guides/choose", "notebooks/choose", "coverage", "speed"):
+            page.open(site / f"{name}.html")
+            assert page.value("document.documentElement.scrollWidth") <= width, name
+            scheme = page.value("document.body.getAttribute('data-md-color-scheme')")
+            assert scheme == ("slate" if dark else "default"), name
+        assert page.console == []
+        assert [url for url in page.requests if not url.startswith("file:")] == []

@@ -1,7 +1,8 @@
 """The blocks of code of a Markdown document, and what is said about running them.
 
 A comment on the line before a block says so where it cannot be run here, with the reason: `<!-- test: skip REASON -->`;
-`<!-- test: slow -->` leaves it to the slow tests. Everything else runs.
+`<!-- test: slow -->` leaves it to the slow tests; `<!-- test: replace LONG by SHORT -->` runs it with other words
+where as it stands it would take minutes. Everything else runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-DIRECTIVE = re.compile(r"<!-- test: (skip|slow)\b ?(.*?) ?-->")
+DIRECTIVE = re.compile(r"<!-- test: (skip|slow|replace)\b ?(.*?) ?-->")
 LANGUAGES = {"python": "python", "": "shell", "sh": "shell", "bash": "shell", "console": "shell", "shell": "shell"}
 
 
@@ -48,6 +49,11 @@ def blocks(path: Path) -> list[Block]:
         if before and before[1] == "skip" and not before[2]:
             raise ValueError(f"{path}:{number}: skipped without a reason")
         text = "\n".join(line.removeprefix(fence[1]) for line in lines[number + 1 : end])
+        if before and before[1] == "replace":
+            long, _, short = before[2].partition(" by ")
+            if not short or long not in text:
+                raise ValueError(f"{path}:{number}: nothing to replace: {before[2]!r}")
+            text = text.replace(long, short)
         language = LANGUAGES.get(fence[2], fence[2])
         skip = before[2] if before and before[1] == "skip" else ""
         found.append(Block(language, text, number + 2, skip, bool(before and before[1] == "slow")))

@@ -126,11 +126,16 @@ def save_transformers(config: dict[str, Any], folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
 
 
-def _photos(folder: Path) -> None:
-    """Six real photographs."""
+def _photos(folder: Path, count: int = 6) -> None:
+    """Real photographs: crops of two."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(6):
+    for number in range(count):
         _photo(folder / f"{number}.jpg", number)
+
+
+def _many_photos(folder: Path) -> None:
+    """As many as tuning asks for, and a fifth of them to be held out."""
+    _photos(folder, 20)
 
 
 def _photo(path: Path, number: int = 0) -> None:
@@ -138,8 +143,9 @@ def _photo(path: Path, number: int = 0) -> None:
     from sklearn.datasets import load_sample_images
 
     picture = Image.fromarray(load_sample_images().images[number % 2])
-    left = 60 * (number // 2)
-    picture.crop((left, 0, left + 400, 400)).save(path)
+    left = 60 * (number // 2) % 240
+    top = number // 8
+    picture.crop((left, top, left + 400, top + 400)).save(path)
 
 
 def _clip(folder: Path) -> None:
@@ -162,6 +168,7 @@ def _vit_file(path: Path) -> None:
 
 FILES: dict[str, Callable[[Path], None]] = {
     "photos": _photos,
+    "my-photos": _many_photos,
     "photo.jpg": _photo,
     "clip": _clip,
     "checkpoint.pth": _vit_file,

@@ -60,7 +60,20 @@ def test_blocks_are_found_with_their_lines_and_their_words(tmp_path: Path) -> No
     assert four.language == "json"
 
 
-@pytest.mark.parametrize("text", ["<!-- test: skip -->\n```\nx\n```\n", "```python\nx = 1\n"])
+def test_a_block_is_run_with_other_words(tmp_path: Path) -> None:
+    (tmp_path / "x.md").write_text("<!-- test: replace minutes=10 by steps=2 -->\n```python\ntune(minutes=10)\n```\n")
+    assert [b.text for b in blocks(tmp_path / "x.md")] == ["tune(steps=2)"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- test: skip -->\n```\nx\n```\n",
+        "<!-- test: replace y by z -->\n```\nx\n```\n",
+        "<!-- test: replace x -->\n```\nx\n```\n",
+        "```python\nx = 1\n",
+    ],
+)
 def test_what_is_wrong_in_a_document_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.md").write_text(text)
     with pytest.raises(ValueError, match=r"x\.md"):
