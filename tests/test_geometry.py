@@ -109,3 +109,23 @@ def test_keeping_the_grid_is_offered_only_where_it_would_help() -> None:
     with pytest.raises(GeometryError) as error:
         target_geometry(current, 15, 200)
     assert "keep" not in str(error.value)
+
+
+VOLUME = Geometry((4, 4, 4), (32, 32, 32), 1, "generic")
+
+
+def test_an_int_on_three_axes_says_which_of_them_it_means() -> None:
+    assert target_geometry(VOLUME, 8).patch_size == (4, 8, 8)
+    with pytest.raises(GeometryError, match=r"first axis, time or depth, keeps its 4: patch_size=\(5, 5, 5\)"):
+        target_geometry(VOLUME, 5)
+    with pytest.raises(GeometryError, match=r"one or two numbers are height and width.*patch_size=\(7, 7, 7\)"):
+        target_geometry(VOLUME, (5, 7))
+    with pytest.raises(GeometryError, match="one or two numbers are height and width; give three"):
+        target_geometry(VOLUME, image_size=30)
+
+
+def test_three_numbers_and_two_axes_need_no_such_word() -> None:
+    for geometry, patch in ((VOLUME, (5, 5, 5)), (VIT, 15)):
+        with pytest.raises(GeometryError) as error:
+            target_geometry(geometry, patch)
+        assert "height and width" not in str(error.value)

@@ -146,3 +146,31 @@ def test_a_class_that_does_not_gets_its_rectangle() -> None:
     model = Rooted(free)
     anypatch.adapt(model, image_size=(64, 96))
     model(torch.randn(1, 3, 64, 96))
+
+
+class Generating(nn.Module):
+    """As DOFA's patch embedding: a network makes the kernel from the wavelengths of the bands."""
+
+    def __init__(self, patch: int | tuple[int, int], name: str) -> None:
+        super().__init__()
+        setattr(self, name, patch)
+        self.weight_generator = nn.Linear(24, 32 * 16 * 16)
+
+
+@pytest.mark.parametrize(("patch", "name"), [(16, "kernel_size"), ((16, 8), "patch_size")])
+@pytest.mark.parametrize("sizes", [{"image_size": 96}, {"patch_size": 32}])
+def test_a_kernel_that_is_computed_while_the_model_runs_is_said(patch: Any, name: str, sizes: dict[str, Any]) -> None:
+    model = nn.Module()
+    model.patch_embed = Generating(patch, name)
+    model.pos_embed = nn.Parameter(torch.randn(1, 17, 32))
+    message = "patch_embed .Generating.*computes its kernel while it runs.*image size alone.*need pos_embed resampled"
+    with pytest.raises(UnsupportedModelError, match=message):
+        anypatch.adapt(model, **sizes)
+
+
+def test_a_linear_layer_over_flattened_patches_is_no_such_embedding() -> None:
+    model = nn.Module()
+    model.patch_embed = Generating(16, "patch_size")
+    model.patch_embed.proj = nn.Linear(3 * 16 * 16, 32)
+    with pytest.raises(UnsupportedModelError, match="of linear layers over flattened patches the flattening order"):
+        anypatch.adapt(model, 32)

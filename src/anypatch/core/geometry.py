@@ -205,8 +205,24 @@ def target_geometry(
         if min(grid) < 1:
             raise GeometryError(f"image_size {show(image)} is smaller than the patch kernel {show(kernel)}")
         return replace(target, explicit_grid=grid)
-    _require_divisible(image, patch, current, asked=image_size is not None)
+    _require_divisible(image, patch, current, image_size is not None, _first_axis(patch, patch_size, image_size))
     return target
+
+
+def _first_axis(patch: Size, patch_size: SizeLike | None, image_size: ImageSizeLike | None) -> str:
+    """What was taken for an axis that the caller did not name: the frames of a clip, the depth of a volume."""
+    given = [size for size in (patch_size, image_size) if size is not None and size != NEAREST]
+    short = [size for size in given if not isinstance(size, Sequence) or len(size) < len(patch)]
+    if len(patch) < 3 or not short:
+        return ""
+    first = patch[0]
+    everywhere = (patch[-1],) * len(patch)
+    if patch_size is None or patch_size not in short:
+        return " (one or two numbers are height and width; give three, the first of time or depth, to change all)"
+    return (
+        f" (one or two numbers are height and width, and the first axis, time or depth, keeps its {first}: "
+        f"patch_size={everywhere} changes all three)"
+    )
 
 
 def _require_whole_kernel(current: Geometry, patch: Size) -> None:
@@ -256,7 +272,7 @@ def _image_for_same_grid(current: Geometry, patch: Size, kernel: Size | None) ->
     return tuple((g - 1) * p + k for g, p, k in zip(current.grid, patch, window, strict=True))
 
 
-def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool) -> None:
+def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool, axes: str = "") -> None:
     if all(i % p == 0 for i, p in zip(image, patch, strict=True)):
         return
     if image == current.image_size and patch == current.patch_size:
@@ -275,7 +291,7 @@ def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool)
         f'or keep="grid", which changes the image size with the patch'
     )
     raise GeometryError(
-        f"patch_size {show(patch)} does not divide image_size {show(image)}: use image_size {images}, "
+        f"patch_size {show(patch)} does not divide image_size {show(image)}{axes}: use image_size {images}, "
         f"or patch_size {patches}{other}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,18 +10,11 @@ from torch import nn
 
 from anypatch.core.geometry import show
 from anypatch.errors import UnsupportedModelError
-from anypatch.hosts.structural.tables import (
-    CONVOLUTIONS,
-    Table,
-    ancestors,
-)
+from anypatch.hosts.structural.following import ints
+from anypatch.hosts.structural.tables import CONVOLUTIONS, Table, ancestors, position_tensors
 
 PIXEL_CHANNELS = 4  # what an image has at most; a stem that reads more is known by cutting patches before anything else
-
-
 EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)
-
-
 ATTENTION = re.compile(r"attention|attn", re.I)
 
 
@@ -36,6 +30,7 @@ def stem_of(model: nn.Module) -> str:
         if isinstance(m, CONVOLUTIONS) and max(m.kernel_size) > 1 and "lora_" not in path
     }
     if not spatial:
+        _require_no_generated_kernel(model)
         raise UnsupportedModelError(
             f"{type(model).__name__} has no patch embedding that anypatch can find: no convolution with a kernel "
             f"(of linear layers over flattened patches the flattening order is not known)"
@@ -60,6 +55,29 @@ def stem_of(model: nn.Module) -> str:
                 f"stem is not one linear map per patch"
             )
     return path
+
+
+def _require_no_generated_kernel(model: nn.Module) -> None:
+    """A patch embedding that computes its kernel while it runs (DOFA's, from wavelengths) has none to resize.
+
+    Raises:
+        UnsupportedModelError: it is one; the message says what can be done for another image size.
+    """
+    for path, module in model.named_modules():
+        named = EMBEDDING.search(path.rpartition(".")[2]) or EMBEDDING.search(type(module).__name__)
+        value = vars(module).get("kernel_size", vars(module).get("patch_size"))
+        size = (value, value) if type(value) is int else ints(value)
+        if not path or not named or size is None:
+            continue
+        flat = any(isinstance(m, nn.Linear) and m.in_features % math.prod(size) == 0 for m in module.modules())
+        if not flat:  # no layer over flattened patches either
+            positions = [f"{p}.{n}" if p else n for p, n, t in position_tensors(model, "") if t.ndim > 1]
+            advice = f" (another would need {positions[0]} resampled by hand)" if positions else ""
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}) of {type(model).__name__} has a patch of {show(size)}, but no layer "
+                f"with a kernel: it computes its kernel while it runs, so there is none to resize, and the image size "
+                f"alone cannot be changed either{advice}"
+            )
 
 
 def _first(spatial: dict[str, Any]) -> str:
