@@ -515,3 +515,70 @@ def test_a_grid_that_a_merging_layer_does_not_divide_is_refused(image: Any, size
     refused(model, rf"merges 2 x 2 tokens.* such as {sizes}", error=GeometryError, image_size=image)
     anypatch.adapt(model, image_size=96)
     model(torch.randn(1, 3, 96, 96))
+
+
+# -- numbers that coincide with the geometry ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [16, 17, 256, 768])
+def test_hidden_widths_that_coincide_with_the_geometry(hidden: int) -> None:
+    """16 patches, 17 tokens, 256 and 768 values in a patch of one or three channels: between two layers, a width."""
+    for sizes in ({"patch_size": 32, "keep": "grid"}, {"image_size": 96}):
+        model = Headed(nn.Identity())
+        model.mlp = nn.Sequential(nn.Linear(48, hidden), nn.BatchNorm1d(hidden), nn.Linear(hidden, 7))
+        model.queue = nn.Parameter(torch.zeros(hidden, 50))
+        anypatch.adapt(model, **sizes)
+
+
+def test_features_of_several_kinds_side_by_side() -> None:
+    model = Headed(nn.Linear(768, 10))  # class token and mean of a width of 384: 3 * 16 * 16, too
+    model.backbone = vit(embed_dim=384)
+    anypatch.adapt(model, 32)
+    model.head = nn.Linear(3 * 32 * 32, 384)  # patches into tokens
+    refused(model, "reads flattened patches", patch_size=16)
+
+
+def test_a_table_whose_length_is_also_a_width_is_refused() -> None:
+    model = Headed(nn.Identity())
+    model.mlp = nn.Sequential(nn.Linear(48, 16), nn.Linear(16, 7))
+    model.bias = nn.Parameter(torch.zeros(1, 16, 48))
+    refused(model, "bias has the number of tokens", image_size=96)
+
+
+class Pooling(nn.Module):
+    """Attention as people write it: ``scale`` is one over the root of the width of a head, ``h`` their number."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        self.h, self.scale, self.head_dim = 4, 64**-0.5, 64
+        self.backbone, self.qkv = vit(img_size=32, patch_size=8), nn.Linear(48, 768)
+
+
+def test_attention_of_the_users_own_keeps_its_scale_and_heads() -> None:
+    model = anypatch.adapt(Pooling(), 16, image_size=96)
+    assert (model.h, model.scale) == (4, 0.125)
+    model = Seg("scale", 1 / 16)  # of image coordinates to the map
+    assert anypatch.adapt(model, 32, keep="grid").scale == 1 / 32
+
+
+@pytest.mark.parametrize(
+    "hparams",
+    [{"max_length": 17, "tokenizer": "x"}, {"text_len": 16}, {"max_text_tokens": 16, "max_len": 16}, {"width": 64}],
+)
+def test_lengths_of_sentences_stay(hparams: dict[str, Any]) -> None:
+    model = Seg("hparams", dict(hparams))
+    anypatch.adapt(model, image_size=96)
+    assert model.hparams == hparams
+
+
+def test_a_hook_that_closes_over_numbers_that_happen_to_be_sizes() -> None:
+    model, log = vit(), []
+    width, layers, batch, k = 64, 4, 16, 17
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        log.append((width, layers, batch, k))
+
+    model.blocks[0].register_forward_hook(hook)
+    anypatch.adapt(model, 32, image_size=96, kernel="pi")
+    model(torch.zeros(1, 3, 96, 96))
+    assert log == [(64, 4, 16, 17)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import types
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.following import TELLING, carries, closed_over, entries, is_record
 from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
+from anypatch.hosts.structural.neighbours import means_another_thing, widths_of
 from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enumerates, explain, resampled, table_shape
 
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
@@ -46,6 +48,8 @@ def follow_surroundings(root: nn.Module, extras: list[Extra], context: Context) 
     for extra in extras:
         edits += rule.attributes(extra)
         edits += rule.layer(extra, extras)
+        rule.produced |= widths_of(extra.module)
+    for extra in extras:
         edits += rule.tensors(extra)
     rule.require_no_cascade(extras)
     rule.require_no_hook(root)
@@ -69,6 +73,7 @@ class Surroundings:
         self.tokens = {count for count in (tokens, tokens + self.old.prefix_tokens) if count > TELLING}
         self.counts = self.tokens if self.grid_changes else set()
         self.stem = _stem(twins.old, twins.new, self.old.patch_size)
+        self.produced: set[int] = set()  # widths that the user's own layers return, of those that were looked at
 
     # -- plain values ------------------------------------------------------------------------------------------
 
@@ -78,8 +83,7 @@ class Surroundings:
         for name in sorted(extra.names):
             value = vars(extra.module).get(name)
             full = f"{extra.path}.{name}" if extra.path else name
-            alone = name == "width" and "height" not in vars(extra.module)  # the width of the tokens
-            if value is None or alone or isinstance(value, (Tensor, nn.Module)):
+            if value is None or isinstance(value, (Tensor, nn.Module)) or means_another_thing(name, extra.module):
                 continue
             if isinstance(value, (types.FunctionType, functools.partial)):
                 self._require_blind(value, full)
@@ -93,15 +97,20 @@ class Surroundings:
         changed = carries(name, value, self.old, self.new, full)
         if changed is not None or not is_record(value):
             return changed
-        found = [name for _, name, item in entries({name: value}) if carries(name, item, self.old, self.new, full)]
-        if not found:
+        if not list(self._entries(name, value, full)):
             return None
         result = copy.deepcopy(value)
-        for mapping, key, item in list(entries({name: result})):
-            after = carries(key, item, self.old, self.new, f"{full}.{key}")
-            if after is not None:
-                mapping[key] = after
+        for mapping, key, after in list(self._entries(name, result, full)):
+            mapping[key] = after
         return result
+
+    def _entries(self, name: str, record: Any, full: str) -> Iterator[tuple[Any, str, Any]]:
+        """Where a record has another value at the new geometry, and which."""
+        for mapping, key, item in entries({name: record}):
+            if not means_another_thing(key, mapping):
+                after = carries(key, item, self.old, self.new, f"{full}.{key}")
+                if after is not None:
+                    yield mapping, key, after
 
     def require_no_hook(self, root: nn.Module) -> None:
         for path, module in root.named_modules():
@@ -111,8 +120,10 @@ class Surroundings:
 
     def _require_blind(self, function: Any, full: str) -> None:
         """A function may not close over the geometry: what it closes over cannot be changed."""
-        for name, value in closed_over(function):
-            if carries(name, value, self.old, self.new, full) not in (None, value):
+        brought = list(closed_over(function))
+        for name, value in brought:
+            other = means_another_thing(name, dict(brought))
+            if not other and carries(name, value, self.old, self.new, full) not in (None, value):
                 raise UnsupportedModelError(
                     f"{full} is a function that closes over {name} = {value}, which anypatch cannot change: take it "
                     f"off before adapting, and put one with the new value there afterwards"
@@ -227,11 +238,13 @@ class Surroundings:
         yield AttributeEdit(path, "out_channels", None, layer.out_channels, rows)
 
     def _require_independent_linear(self, path: str, layer: nn.Linear) -> None:
-        size, widths = layer.in_features, self.context.widths
+        size, widths = layer.in_features, self.context.widths | self.produced
         if size in self.counts - widths:
             self._refuse(path, layer, f"mixes a fixed number of tokens ({size})")
         width = size if self.stem is None else self.stem.weight.shape[0]
-        all_tokens = size % width == 0 and size // width in self.tokens
+        if size % width == 0 and layer.out_features != width:
+            widths = widths | {size}  # features of several kinds or layers side by side
+        all_tokens = size % width == 0 and size // width in self.tokens and size not in self.produced
         if all_tokens and self.grid_changes:
             self._refuse(path, layer, f"reads all {size // width} tokens of {width} values at once")
         if self.telling and not all_tokens and size in self._pixels() - widths:
@@ -254,7 +267,7 @@ class Surroundings:
             table = self._table(extra, name, tensor)
             if table is not None:
                 yield table
-            elif not (isinstance(module, NORMS) and tensor.ndim < 2 and tensor.shape[:1] != tuple(self.counts)):
+            elif not isinstance(module, NORMS) or tensor.ndim > 1 or tensor.shape[:1].numel() in self.counts:
                 self._require_independent(extra, name, tensor)
 
     def _table(self, extra: Extra, name: str, tensor: Tensor) -> Edit | None:
@@ -285,7 +298,7 @@ class Surroundings:
         return AttributeEdit(extra.path, name, None, tensor, after)
 
     def _require_independent(self, extra: Extra, name: str, tensor: Tensor) -> None:
-        shape, widths = tuple(tensor.shape), self.context.widths
+        shape, widths = tuple(tensor.shape), self.context.widths | self.produced
         full = f"{extra.path}.{name}" if extra.path else name
         pairs = []
         if self.grid_changes and self.old.grid is not None:
@@ -297,6 +310,9 @@ class Surroundings:
         for what, sides in pairs:
             if min(sides) >= TELLING and any(shape[i : i + 2] == sides for i in range(len(shape) - 1)):
                 raise _refusal(full, f"has the size of {what} ({shape})")
+        width = None if self.stem is None else self.stem.weight.shape[0]
+        if any(pair[0] in self.counts and pair[1] == width for pair in itertools.pairwise(shape)):
+            raise _refusal(full, f"has the number of tokens ({shape})")
         for size in set(shape) - widths:
             if size in self.counts:
                 raise _refusal(full, f"has the number of tokens ({shape})")
