@@ -157,15 +157,24 @@ def test_tied_parameters_stay_tied() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = vit(), vit()
-            self.second.patch_embed.proj.weight = self.first.patch_embed.proj.weight
-            self.second.pos_embed = self.first.pos_embed
+            self.first, self.second = vit(), nn.Conv2d(3, 48, 16, 16)
+            self.second.weight = self.first.patch_embed.proj.weight
+            self.pos_embed = self.first.pos_embed
 
-    pair = Pair()
-    anypatch.adapt(pair.first, 32)
-    assert pair.second.patch_embed.proj.weight is pair.first.patch_embed.proj.weight
-    assert pair.second.patch_embed.proj.weight.shape[-1] == 32
-    assert pair.second.pos_embed is pair.first.pos_embed
+    pair = anypatch.adapt(Pair(), 32)
+    assert pair.second.weight is pair.first.patch_embed.proj.weight
+    assert pair.second.weight.shape[-1] == pair.second.kernel_size[-1] == pair.second.stride[-1] == 32
+    assert pair.pos_embed is pair.first.pos_embed
+    assert pair.second(torch.zeros(1, 3, 64, 64)).shape == (1, 48, 2, 2)
+
+
+def test_a_model_is_not_adapted_under_its_twin() -> None:
+    """Two models of one wrapper that share a stem: adapted alone, the first would leave the other with half a stem."""
+    pair = nn.ModuleDict({"first": vit(), "second": vit()})
+    pair["second"].patch_embed.proj.weight = pair["first"].patch_embed.proj.weight
+    with pytest.raises(UnsupportedModelError, match=r"proj\.weight is also a parameter of a Conv2d outside"):
+        anypatch.adapt(pair["first"], 32)
+    assert pair["second"](torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
 def test_training_goes_on() -> None:

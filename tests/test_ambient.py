@@ -417,3 +417,17 @@ def test_draws_of_the_process_are_those_of_a_process_that_adapts_nothing() -> No
     anypatch.check(model, 64)
     inspect(model)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_a_layer_of_another_model_is_not_changed_under_it() -> None:
+    """Of a model that takes any image size, the other would run with the new stem and its own old positions."""
+    model, other = vit(dynamic_img_size=True), vit(dynamic_img_size=True)
+    other.patch_embed = model.patch_embed
+    parts = nn.Sequential(model.patch_embed, nn.Flatten())
+    with pytest.raises(UnsupportedModelError, match="patch_embed is also a layer of a VisionTransformer outside"):
+        anypatch.adapt(model, 32)
+    other.patch_embed = copy.deepcopy(model.patch_embed)
+    everything = nn.ParameterList(model.parameters())
+    anypatch.adapt(model, 32)
+    assert parts[0].proj.kernel_size == (32, 32)
+    assert any(parameter is model.pos_embed for parameter in everything)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from anypatch.core import history
+from anypatch.core import history, outdated
 from anypatch.core import plan as plans
 from anypatch.core.adapters import unwrap
 from anypatch.core.ambient import undisturbed
@@ -69,6 +69,7 @@ def adapt(
     with undisturbed():
         plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
         if plan is not None:
+            outdated.tell(plan)
             plan.apply()
             done = history.step(plan.subject.geometry, plan.target, kernel, positions)
             history.note(unwrap(model), done)

@@ -499,3 +499,34 @@ def test_an_error_inside_is_not_taken_for_a_missing_attribute(monkeypatch: pytes
     monkeypatch.setattr(views.Follows, "value", broken)
     with pytest.raises(RuntimeError, match="pos_embed cannot be computed"):
         view.pos_embed  # noqa: B018
+
+
+# -- the model is adapted while views are there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("sizes", [{"patch_size": 28}, {"patch_size": 28, "keep": "grid"}, {"image_size": 224}])
+def test_a_view_of_a_model_that_was_adapted_since_says_so(name: str, sizes: dict[str, Any]) -> None:
+    """Also a view at the model's own geometry, which resamples nothing, of models that take any image size."""
+    model = timm.create_model(name, patch_size=14, img_size=112, dynamic_img_size=True, depth=1).eval()
+    same, other = anypatch.at(model), anypatch.at(model, patch_size=7)
+    x = torch.randn(1, 3, 112, 112)
+    before = same(x), other(x)
+    anypatch.adapt(model, **sizes)
+    for view, expected in zip((same, other), before, strict=True):
+        if "dinov3" in name and "image_size" in sizes:  # no tensor that is shared follows the image size
+            assert torch.equal(view(x), expected)
+            continue
+        with pytest.raises(GeometryError, match="adapted since"):
+            view(x)
+    x = torch.randn(1, 3, *(anypatch.geometry(model).image_size or ()))
+    assert torch.equal(anypatch.at(model)(x), model(x))
+
+
+def test_a_view_goes_on_after_there_and_back() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
+    same = anypatch.at(model)
+    anypatch.adapt(model, 32)
+    anypatch.adapt(model, 16)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(same(x), model(x))

@@ -96,41 +96,69 @@ def _require_own(root: nn.Module, touched: list[Touched]) -> None:
     about 50 ms for a million.
     """
     parameters = {id(t.tensor): t for t in touched if isinstance(t.tensor, nn.Parameter)}
-    inside = {id(module._parameters) for module in root.modules()}
-    found = _outside(parameters, inside, root)
+    inside = {id(store) for module in root.modules() for store in (module._parameters, module._modules)}
+    layers = _layers(root, touched)
+    found = _outside(parameters, layers, inside, root)
     if found is not None:  # perhaps only by a model that is already gone
         gc.collect()
-        found = _outside(parameters, inside, root)
+        found = _outside(parameters, layers, inside, root)
     if found is not None:
         raise UnsupportedModelError(found)
 
 
-def _outside(parameters: dict[int, Touched], inside: set[int], root: nn.Module) -> str | None:
+def _layers(root: nn.Module, touched: list[Touched]) -> dict[int, tuple[str, nn.Module, type]]:
+    """The modules through which the root reaches what changes: path, module, and the class of what holds it."""
+    found: dict[int, tuple[str, nn.Module, type]] = {}
+    paths = {id(module): path for path, module in root.named_modules()}
+    for item in touched:
+        parent = root
+        for name in filter(None, paths.get(id(item.module), "").split(".")):
+            child = parent.get_submodule(name)
+            found[id(child)] = (paths[id(child)], child, type(parent))
+            parent = child
+    return found
+
+
+def _outside(
+    parameters: dict[int, Touched], layers: dict[int, tuple[str, nn.Module, type]], inside: set[int], root: nn.Module
+) -> str | None:
     """Why something may not change, or None."""
-    objects = [item.tensor for item in parameters.values()]
+    objects = [*(item.tensor for item in parameters.values()), *(module for _, module, _ in layers.values())]
     strangers: dict[int, tuple[dict[Any, Any], Any]] = {}
     for holder in gc.get_referrers(*objects, root):
         if type(holder) is not dict or id(holder) in inside:
             continue
         for key, value in list(holder.items()):
-            if id(value) in parameters or (value is root and key == "module"):
+            if id(value) in parameters or id(value) in layers or (value is root and key == "module"):
                 strangers[id(holder)] = (holder, value)
     if not strangers:
         return None
     for owner in _owners([holder for holder, _ in strangers.values()]):
-        for kind, held in ((owner._parameters, True), (owner._modules, False)):
-            if id(kind) not in strangers:
-                continue
-            value = strangers[id(kind)][1]
-            if held:
-                return (
-                    f"{parameters[id(value)].name} is also a parameter of a {type(owner).__name__} outside of the "
-                    f"model, which would change with it: adapt a copy (copy.deepcopy), or the model that holds both"
-                )
-            why = WRAPPERS.get(type(owner).__name__)
-            if why is not None:
-                return f"the model is inside a {type(owner).__name__}, and {why}"
+        if id(owner._parameters) in strangers and not _lists(owner, parameters):
+            return _shared(parameters[id(strangers[id(owner._parameters)][1])].name, "a parameter", owner)
+        if id(owner._modules) not in strangers:
+            continue
+        value = strangers[id(owner._modules)][1]
+        path, _, kind = layers.get(id(value), ("", None, None))
+        if kind is type(owner) and not isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            return _shared(path, "a layer", owner)
+        why = WRAPPERS.get(type(owner).__name__)
+        if why is not None and value is root:
+            return f"the model is inside a {type(owner).__name__}, and {why}"
     return None
+
+
+def _shared(name: str, what: str, owner: nn.Module) -> str:
+    return (
+        f"{name} is also {what} of a {type(owner).__name__} outside of the model, which would change with it: adapt a "
+        f"copy (copy.deepcopy), or the model that holds both"
+    )
+
+
+def _lists(owner: nn.Module, parameters: dict[int, Touched]) -> bool:
+    """Whether a module is but a list of the model's parameters, as optimizers and averages keep them."""
+    held = {id(parameter) for parameter in owner.parameters(recurse=False)}
+    return isinstance(owner, (nn.ParameterList, nn.ParameterDict)) and held >= parameters.keys()
 
 
 def _owners(holders: Iterable[dict[Any, Any]]) -> list[nn.Module]:

@@ -24,14 +24,15 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from anypatch.core import outdated
 from anypatch.core.adapters import HELD
 from anypatch.core.attributes import ATOMS, like
+from anypatch.core.outdated import MARK
 from anypatch.core.plan import Plan
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 
-MARK = "_anypatch_view"  # in every shell's attributes: its tensors that follow the geometry, by name
 SHARED = ("_parameters", "_buffers")
 FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
@@ -278,6 +279,7 @@ def view(model: M, plan: Plan | None) -> M:
         names = tuple(sorted(vars(shell)[MARK]))
         if names:
             shell.__class__ = _subclass(type(shell), names)
+    outdated.note((module, made[id(module)]) for module in model.modules())
     return root
 
 

@@ -1,0 +1,65 @@
+"""Views whose model was adapted since: they share its tensors, so they have to hear of it.
+
+A tensor that a view resamples is looked at whenever it is read. All others are the model's own, and a view at the
+model's own geometry has no others: it would run a stem of the new size with the old stride.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from anypatch.core.plan import Plan
+from anypatch.core.steps import SetBuffer, SetParameter
+from anypatch.errors import GeometryError
+
+MARK = "_anypatch_view"  # in every shell's attributes: its tensors that follow the geometry, by name
+
+# The shells of a module, for as long as both are there.
+_SHELLS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+# What each of them looks at already: what was there at the first adaptation counts.
+_LOOKING: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def note(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Remember the shells of modules."""
+    with _LOCK:
+        for module, shell in pairs:
+            _SHELLS.setdefault(module, weakref.WeakSet()).add(shell)
+
+
+def tell(plan: Plan) -> None:
+    """Before a plan is applied: from now on, shells that share what it exchanges look whether it is what it was."""
+    exchanged = {id(step.parameter) for step in plan.steps if isinstance(step, SetParameter)}
+    buffers = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetBuffer)}
+    root = plan.subject.wrapper if plan.subject.wrapper is not None else plan.subject.model
+    for module in root.modules():
+        names = [name for name, parameter in module._parameters.items() if id(parameter) in exchanged]
+        names += [name for name in module._buffers if (id(module), name) in buffers]
+        with _LOCK:
+            shells = list(_SHELLS.get(module, ())) if names else []
+        for shell in shells:
+            with _LOCK:
+                looking = _LOOKING.setdefault(shell, set())
+                new = set(names) - vars(shell)[MARK].keys() - looking
+                looking |= new
+            for name in new:
+                shell.register_forward_pre_hook(functools.partial(_require_present, name, _present(shell, name)))
+
+
+def _present(shell: nn.Module, name: str) -> Any:
+    """A parameter's shape (its values may be trained); a buffer itself."""
+    parameter = shell._parameters.get(name)
+    return shell._buffers.get(name) if parameter is None else tuple(parameter.shape)
+
+
+def _require_present(name: str, before: Any, shell: nn.Module, inputs: Any) -> None:
+    now = _present(shell, name)
+    if now is not before and not (isinstance(now, tuple) and now == before):
+        raise GeometryError(f"{name} has changed: the model was adapted since this view was taken, take another of it")
