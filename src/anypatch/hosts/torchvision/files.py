@@ -22,7 +22,8 @@ from anypatch.files.configs import read_config, require_allowed
 from anypatch.files.header import read_header
 from anypatch.hosts.base import unknown
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
-from anypatch.hosts.torchvision.model import NAME, NORM_EPS, VIT, arguments_of, construct, family_of
+from anypatch.hosts.torchvision.facts import ROWS, Row
+from anypatch.hosts.torchvision.model import NAME, arguments_of, construct, known
 
 # What a torchvision.json may say of a model, and which of torchvision's classes it may name.
 ARGUMENTS = frozenset((
@@ -94,29 +95,27 @@ def _build_directory(directory: Path, **host_kwargs: Any) -> nn.Module:
         family, arguments, classes = config["module"], config["arguments"], config["classes"]
     except KeyError as error:
         raise CheckpointError(f"{directory} holds no torchvision model that anypatch saved: no {error}") from error
-    if not isinstance(family, str) or family not in NORM_EPS:
+    if not isinstance(family, str) or family not in ROWS:
         raise CheckpointError(f"{path} names {str(family)[:100]!r}, which is no torchvision model anypatch saves")
     require_allowed(arguments, ARGUMENTS, f"{path}: arguments")
     for name, value in require_allowed(classes, CLASSES, f"{path}: classes").items():
         if value not in CLASSES[name]:
             raise CheckpointError(f"{path}: {name} is {str(value)[:100]!r}, not one of {', '.join(CLASSES[name])}")
-    return construct(family, {**arguments, **host_kwargs}, classes)
+    return construct(ROWS[family], {**arguments, **host_kwargs}, classes)
 
 
 def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write the state dict and the arguments that rebuild the model (see this module's docstring)."""
     from safetensors.torch import save_file
 
-    family = family_of(model)
-    if family is None:
-        raise UnsupportedModelError(f"{type(model).__name__} of torchvision has no patch embedding")
+    family = known(model)
     arguments, classes = arguments_of(model)
     _require_default_norm(model, family)
     title = f"torchvision's {type(model).__name__}"
     save_file(contiguous(model, title), directory / "model.safetensors")
     config = {
-        "module": family,
-        "class": "VisionTransformer" if family == VIT else "SwinTransformer",
+        "module": family.module,
+        "class": family.name,
         "arguments": arguments,
         "classes": classes,
         **extras,
@@ -125,10 +124,9 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     require_rebuilds(directory, model, lambda: construct(family, arguments, classes), title)
 
 
-def _require_default_norm(model: nn.Module, family: str) -> None:
-    m: Any = model
-    norm = m.encoder.ln if family == VIT else m.norm
-    if type(norm) is not nn.LayerNorm or norm.eps != NORM_EPS[family]:
+def _require_default_norm(model: nn.Module, family: Row) -> None:
+    norm = model.get_submodule(family.norm)
+    if type(norm) is not nn.LayerNorm or norm.eps != family.norm_eps:
         raise UnsupportedModelError(
             f"the model was built with its own norm_layer ({norm}), which cannot be saved as an argument"
         )

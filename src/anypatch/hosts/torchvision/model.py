@@ -15,24 +15,28 @@ from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
+from anypatch.hosts.torchvision.facts import ROWS, Row, row
 
 NAME = "torchvision"
-VIT = "torchvision.models.vision_transformer"
-SWIN = "torchvision.models.swin_transformer"
-NORM_EPS = {VIT: 1e-6, SWIN: 1e-5}  # what the constructors use when they are given no norm_layer
 
 
 def recognises(model: nn.Module) -> bool:
-    return family_of(model) is not None or type(model).__module__.split(".")[:2] == ["torchvision", "models"]
+    return row(model) is not None or type(model).__module__.split(".")[:2] == ["torchvision", "models"]
 
 
-def family_of(model: nn.Module) -> str | None:
-    """The torchvision module whose class the model is, or derives from."""
-    for cls in type(model).__mro__:
-        for module, name in ((VIT, "VisionTransformer"), (SWIN, "SwinTransformer")):
-            if (cls.__module__, cls.__name__) == (module, name):
-                return module
-    return None
+def known(model: nn.Module) -> Row:
+    """The row of a model's class.
+
+    Raises:
+        UnsupportedModelError: torchvision's model of another kind.
+    """
+    found = row(model)
+    if found is None:
+        names = " and ".join(other.name for other in ROWS.values())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of torchvision has no patch embedding: of its models, {names} have one"
+        )
+    return found
 
 
 def subject(model: nn.Module) -> Subject:
@@ -42,22 +46,15 @@ def subject(model: nn.Module) -> Subject:
 
 
 def _geometry(model: nn.Module) -> Geometry:
-    family = family_of(model)
-    if family is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} of torchvision has no patch embedding: of its models, VisionTransformer and "
-            f"SwinTransformer have one"
-        )
-    projection = projection_of(model)
-    patch = tuple(projection.stride)
-    if family == VIT:
-        image = int(model.image_size)  # type: ignore[arg-type]
-        return Geometry(patch, (image, image), 1, NAME)
-    return Geometry(patch, None, 0, NAME)
+    windows, patch = known(model).windows, tuple(projection_of(model).stride)
+    if windows:
+        return Geometry(patch, None, 0, NAME)
+    image = int(model.image_size)  # type: ignore[arg-type]
+    return Geometry(patch, (image, image), 1, NAME)
 
 
 def projection_of(model: nn.Module) -> nn.Conv2d:
-    path = "conv_proj" if family_of(model) == VIT else "features.0.0"
+    path = known(model).projection
     layer = model.get_submodule(path)
     while not isinstance(layer, nn.Conv2d) and isinstance(layer._modules.get("base_layer"), nn.Module):
         layer = layer._modules["base_layer"]  # type: ignore[assignment]
@@ -74,14 +71,13 @@ def projection_of(model: nn.Module) -> nn.Conv2d:
 
 
 def _build(model: nn.Module, geometry: Geometry) -> nn.Module:
-    family = family_of(model)
-    assert family is not None
+    family = known(model)
     arguments, classes = arguments_of(model)
-    if family == VIT:
+    if family.windows:
+        arguments["patch_size"] = list(geometry.patch_size)
+    else:
         for name, size in (("patch_size", geometry.patch_size), ("image_size", geometry.image_size)):
             arguments[name] = _square(size, name)
-    else:
-        arguments["patch_size"] = list(geometry.patch_size)
     return construct(family, arguments, classes)
 
 
@@ -94,16 +90,17 @@ def _square(size: Size | None, name: str) -> int:
     return size[0]
 
 
-def construct(family: str, arguments: dict[str, Any], classes: dict[str, str]) -> nn.Module:
-    module = importlib.import_module(family)
-    cls = module.VisionTransformer if family == VIT else module.SwinTransformer
-    return cls(**arguments, **{name: getattr(module, value) for name, value in classes.items()})
+def construct(family: Row, arguments: dict[str, Any], classes: dict[str, str]) -> nn.Module:
+    module = importlib.import_module(family.module)
+    return getattr(module, family.name)(
+        **arguments, **{name: getattr(module, value) for name, value in classes.items()}
+    )
 
 
 def arguments_of(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     """Constructor arguments of a live model: plain values, and classes by name."""
     m: Any = model
-    if family_of(model) == VIT:
+    if not known(model).windows:
         block = m.encoder.layers[0]
         heads = dict(m.heads.named_children()) if isinstance(m.heads, nn.Module) else {}
         hidden = heads.get("pre_logits")
