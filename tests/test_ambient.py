@@ -431,3 +431,15 @@ def test_a_layer_of_another_model_is_not_changed_under_it() -> None:
     anypatch.adapt(model, 32)
     assert parts[0].proj.kernel_size == (32, 32)
     assert any(parameter is model.pos_embed for parameter in everything)
+
+
+def test_wrappers_of_one_class_around_one_model() -> None:
+    class Task(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone, self.temperature = backbone, nn.Parameter(torch.ones(1))
+
+    first = Task(vit())
+    second = Task(first.backbone)
+    anypatch.adapt(first, 32)
+    assert second.backbone.patch_embed.proj.kernel_size == (32, 32)

@@ -140,12 +140,18 @@ def _outside(
             continue
         value = strangers[id(owner._modules)][1]
         path, _, kind = layers.get(id(value), ("", None, None))
-        if kind is type(owner) and not isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        # two modules that hold one whole model only use it; one that has tables of its own beside a stem does not
+        if kind is type(owner) and any(p is not None for p in owner._parameters.values()) and _same(owner, value):
             return _shared(path, "a layer", owner)
         why = WRAPPERS.get(type(owner).__name__)
         if why is not None and value is root:
             return f"the model is inside a {type(owner).__name__}, and {why}"
     return None
+
+
+def _same(owner: nn.Module, held: nn.Module) -> bool:
+    """Whether both are of one library."""
+    return type(owner).__module__.partition(".")[0] == type(held).__module__.partition(".")[0]
 
 
 def _shared(name: str, what: str, owner: nn.Module) -> str:
