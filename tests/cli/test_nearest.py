@@ -46,7 +46,7 @@ def test_time_follows_its_own_axis() -> None:
 
 def test_overlapping_patches_keep_the_size_or_take_one_window() -> None:
     spectrogram = Geometry((10, 10), (128, 1024), kernel_size=(16, 16), explicit_grid=(12, 101))
-    assert target_geometry(spectrogram, 12, "nearest").image_size == (128, 1024)
+    assert target_geometry(spectrogram, 15, "nearest").image_size == (128, 1024)  # a kernel of 24
     assert target_geometry(spectrogram, (100, 10), "nearest").image_size == (160, 1024)
 
 
