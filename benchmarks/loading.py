@@ -69,7 +69,7 @@ print(json.dumps({"load": loaded, "cpu": cpu_loaded, "read": read, "peak": high 
 TOUCH = "import sys; bytes(b'x' * int(sys.argv[1]))"
 CONVERT = """
 import json, subprocess, sys, time
-import anypatch, anypatch.converting, transformers.models.clip.modeling_clip
+import anypatch, anypatch.hosts.transformers.opening, transformers.models.clip.modeling_clip
 subprocess.run(json.loads(sys.argv[3]), check=True)
 start = time.perf_counter()
 anypatch.convert(sys.argv[1], sys.argv[2], patch_size=28)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import anypatch
 from anypatch import CheckpointError, UnsupportedModelError
-from anypatch.conversion import load_file
 from anypatch.core.empty import empty
 from anypatch.files import layouts
 from anypatch.files.reading import read
-from anypatch.hosts.architectures import infer, same_function
+from anypatch.hosts.checkpoints import infer, load_file
+from anypatch.hosts.timm.inference import same_function
 
 TINY = "timm:vit_tiny_patch16_224"
 # img_size other than the architecture's own, so that reading the native geometry is put to the test

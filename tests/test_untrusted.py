@@ -391,7 +391,8 @@ def test_expanded_tensors(tmp_path: Path, zipped: bool) -> None:
 
 
 def test_names_nested_without_end() -> None:
-    from anypatch.files.pickles import Inert, scripted_tensors
+    from anypatch.files.pickles import Inert
+    from anypatch.files.scripted import scripted_tensors
 
     root = inner = Inert()
     for _ in range(5000):

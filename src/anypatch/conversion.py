@@ -1,97 +1,40 @@
-"""Raw checkpoint files: into a model at the geometry they were trained at, or file to file."""
+"""File to file: the tensors that follow the geometry are computed, all other bytes are copied as they are."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from anypatch import hosts
+from anypatch.adaptation import make_plan
+from anypatch.core import history
+from anypatch.core.account import NotFiniteError
+from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
-from anypatch.core.limits import LimitError
+from anypatch.core.plan import Plan
 from anypatch.core.tables import PositionsLike
-from anypatch.errors import CheckpointError, UnsupportedModelError
-from anypatch.files import layouts
-from anypatch.files.configs import read_config
+from anypatch.errors import CheckpointError
+from anypatch.files import atomic, shards
+from anypatch.files.flushing import Flusher
+from anypatch.files.header import TYPE_NAMES, Header, read_header
 from anypatch.files.reading import Checkpoint, read
-from anypatch.files.tensors import require_finite
-from anypatch.hosts.architectures import choose
-from anypatch.hosts.fitting import LOADERS
-from anypatch.hosts.timm.files import described
+from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
+from anypatch.files.tensors import require_finite, tensor_bytes
+from anypatch.hosts import cards
+from anypatch.hosts.checkpoints import architecture, fit
+from anypatch.hosts.opened import changed_tensors
 
-
-def load_file(path: str | Path, arch: str | None = None, *, prefix: str | None = None, **host_kwargs: Any) -> nn.Module:
-    """Load a checkpoint file into the host library's own model, at the geometry the file was trained at.
-
-    The library's own converter is used at that geometry, so that nothing is resampled on the way.
-
-    Args:
-        path: a file of safetensors, ``torch.save``, ``torch.jit.save`` or NumPy, whatever its name.
-        arch: ``"timm:NAME"``, ``"open_clip:NAME"``, ``"torchvision:NAME"`` or ``"transformers:DIRECTORY"``; found
-            from the tensors where they tell.
-        prefix: which of several models in the file, by what stands before the name of its patch projection
-            (``"module.base_encoder"``); found where there is one.
-        **host_kwargs: passed on to the host library's constructor.
-
-    Returns:
-        The model; its parameters are the file's tensors, in the file's dtype.
-
-    Raises:
-        CheckpointError: the file is damaged or unsafe, or does not fit ``arch``; or ``arch`` is needed.
-        UnsupportedModelError: no such architecture.
-    """
-    checkpoint = read(path, prefix)
-    if arch is None and (beside := _beside(checkpoint.path)) is not None:
-        arch, given = beside
-        host_kwargs = {**given, **host_kwargs}
-    if arch is None:
-        checkpoint.require_one()
-        arch = choose(checkpoint)
-    library, name = split(arch)
-    _require_finite(checkpoint)
-    try:
-        return LOADERS[library](name, checkpoint, dict(host_kwargs))
-    except LimitError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except ImportError as error:
-        raise UnsupportedModelError(f"loading into {library} needs it installed ({error})") from error
-
-
-def _require_finite(checkpoint: Checkpoint) -> None:
-    """Refuse NaN and infinite values in what a change of geometry resamples."""
-    for name, tensor in checkpoint.tensors.items():
-        if layouts.follows_geometry(name):
-            require_finite(checkpoint.path, name, tensor)
-
-
-def split(arch: str) -> tuple[str, str]:
-    """``library:name`` in two; a bare name is timm's.
-
-    Raises:
-        CheckpointError: no such library.
-    """
-    if not isinstance(arch, str) or not arch:
-        raise CheckpointError(f"arch must be like timm:vit_base_patch16_224, got {arch!r}")
-    library, colon, name = arch.partition(":")
-    if not colon:
-        return "timm", arch
-    if library not in LOADERS or not name:
-        raise CheckpointError(f"unknown arch {arch!r}: use {', '.join(f'{key}:NAME' for key in LOADERS)}")
-    return library, name
-
-
-def _beside(file: Path) -> tuple[str, dict[str, Any]] | None:
-    """What a configuration next to a file says: its architecture and arguments."""
-    path = file.parent / "config.json"
-    if file.stem not in ("model", "pytorch_model") or not path.is_file():
-        return None
-    config = read_config(path)
-    if isinstance(config.get("architecture"), str) and "model_type" not in config:
-        name, arguments = described(config, path)
-        return f"timm:{name}", arguments
-    if "model_type" in config:
-        return f"transformers:{file.parent}", {}
-    return None
+# Weights in other formats: not converted, and stale beside converted ones.
+STALE = re.compile(
+    r"(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.onnx|\.onnx_data|\.pt|\.pth|\.ckpt|\.npz|\.tflite|\.gguf|\.ot)$"
+)
 
 
 def convert(
@@ -117,7 +60,7 @@ def convert(
         source: a checkpoint file, or a directory in the format of transformers, timm or open_clip.
         target: the ``.safetensors`` file or the directory to write; may be ``source``.
         patch_size, image_size, keep, kernel, positions: as in :func:`anypatch.adapt`.
-        arch: for a file whose tensors do not tell, as in :func:`load_file`.
+        arch: for a file whose tensors do not tell, as in :func:`anypatch.load`.
         prefix: for a file that holds several models: what stands before the name of the patch projection.
         link: give files that do not change a second name instead of copying them (same file system only).
 
@@ -126,8 +69,6 @@ def convert(
         GeometryError: sizes that do not fit.
         UnsupportedModelError: the model cannot be adapted.
     """
-    from anypatch.converting import convert_directory, convert_file
-
     source, target = Path(source), Path(target)
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
@@ -138,10 +79,181 @@ def convert(
         "kernel": kernel,
         "positions": positions,
     }
-    if source.is_dir():
+    with undisturbed():
+        if not source.is_dir():
+            _convert_file(source, target, arch, ask, prefix)
+            return
         if arch is not None or prefix is not None:
             raise CheckpointError(f"{source} says itself what it is: leave out arch and prefix")
-        convert_directory(source, target, ask, link)
-    else:
-        described = _beside(source) if arch is None else (":".join(split(arch)), {})
-        convert_file(source, target, described, ask, prefix)
+        _convert_directory(source, target, ask, link)
+
+
+# -- one file ----------------------------------------------------------------------------------------------
+
+
+def _convert_file(source: Path, target: Path, arch: str | None, ask: Mapping[str, Any], prefix: str | None) -> None:
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: convert writes .safetensors files")
+    checkpoint = read(source, prefix)
+    checkpoint.require_one()
+    if checkpoint.kind == "npz":
+        raise CheckpointError(
+            f"{source} is in Google's layout: load it with anypatch.load and save it with anypatch.save"
+        )
+    # several architectures may fit, but all of them hold these tensors, and those that change are the same
+    library, name = architecture(checkpoint, arch, several=True)
+    model = fit(library, name, checkpoint)
+    plan = _plan(model, checkpoint, ask)
+    changed = {} if plan is None else changed_tensors(checkpoint, model, plan)
+    if checkpoint.kind != "safetensors":
+        _write_new(target, checkpoint, changed)
+        return
+    header = read_header(source)
+    changed = {checkpoint.names[n]: t for n, t in changed.items()}
+    sizes = {n: tuple(t.shape) for n, t in changed.items()}
+    total = sum(e.end - e.start for e in header.entries.values())
+    with _progress(target.name, total) as progress, atomic.replacing_file(target) as file:
+        shards.write_safetensors(file, header, sizes, lambda n: tensor_bytes(changed[n]), progress)
+
+
+def _plan(model: nn.Module, checkpoint: Checkpoint, ask: Mapping[str, Any]) -> Plan | None:
+    """``make_plan``, whose errors say a tensor's name in the file."""
+    try:
+        return make_plan(model, **ask)
+    except NotFiniteError as error:
+        address = error.tensor.untyped_storage().data_ptr()
+        for stored, tensor in checkpoint.tensors.items():
+            if tensor.numel() and tensor.untyped_storage().data_ptr() == address:
+                require_finite(checkpoint.path, stored, tensor)
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _write_new(target: Path, checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> None:
+    """Write tensors that came from another format."""
+    tensors = {name: changed.get(name, tensor) for name, tensor in checkpoint.tensors.items()}
+    unknown = [name for name, tensor in tensors.items() if tensor.dtype not in TYPE_NAMES]
+    if unknown:
+        raise CheckpointError(f"{checkpoint.path}: tensor {unknown[0]!r} is of a type that .safetensors cannot hold")
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    described = {n: (TYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.dtype.itemsize) for n, t in ordered.items()}
+    with _progress(target.name, sum(d[2] for d in described.values())) as progress:  # noqa: SIM117
+        with atomic.replacing_file(target) as file:
+            file.write(shards.header_bytes(described, {"format": "pt"}))
+            for tensor in ordered.values():
+                data = tensor_bytes(tensor)
+                file.write(data)
+                progress(len(data))
+
+
+# -- directories -------------------------------------------------------------------------------------------
+
+
+def _convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: bool) -> None:
+    if _same(source, target):
+        link = False
+    elif source.resolve() in target.resolve().parents or target.resolve() in source.resolve().parents:
+        raise CheckpointError(f"{target} and {source} lie within one another")
+    snapshot = Snapshot(source)
+    texts, headers, values = _converted(source, target, ask)
+    files = list(_other_files(source, {*texts, *headers}))
+    names = {*texts, *headers, *(f.relative_to(source).parts[0] for f in files)}
+    _require_nothing_else(target, names)
+    total = sum(h.file_size for h in headers.values()) + sum(f.stat().st_size for f in files)
+    with (
+        _progress(target.name, total) as progress,
+        atomic.replacing_directory(target) as place,
+        Flusher(target) as flusher,
+    ):
+        for shard, header in headers.items():
+            mine = {name: value for name, value in values.items() if name in header.entries}
+            if not mine:
+                shards.copy_file(header.path, place / shard, flusher, link, progress)
+                continue
+            shapes = {name: tuple(value.shape) for name, value in mine.items()}
+            with (place / shard).open("xb") as file:
+                shards.write_safetensors(file, header, shapes, lambda n, m=mine: tensor_bytes(m[n]), progress)  # type: ignore[misc]
+                flusher.add(file)
+        for path in files:
+            copied = place / path.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            if leads_outside(path, source):
+                copy_link(path, copied)
+                continue
+            shards.copy_file(path, copied, flusher, link, progress)
+        for name, text in texts.items():
+            shards.write_text(place / name, text, flusher)
+        snapshot.require_unchanged()
+
+
+def _converted(
+    source: Path, target: Path, ask: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Header], dict[str, Tensor]]:
+    """Texts, headers of the weights, and the tensors that change, of a directory at another geometry."""
+    found = hosts.by_folder(source)
+    if found is None or not found[0].has("open_folder"):
+        raise CheckpointError(
+            f"{source} is in no format that converts: no open_clip_config.json, and no config.json with model_type "
+            f"(transformers) or architecture (timm)"
+        )
+    opened = found[0].open_folder(source)
+    plan = make_plan(opened.model, **ask)
+    if plan is None:
+        return opened.index({}), opened.headers, {}
+    values = opened.values(plan)
+    texts = opened.texts(plan) | _card(plan, opened.model, source, target, ask) | opened.index(values)
+    return texts, opened.headers, values
+
+
+def _card(plan: Plan, model: nn.Module, source: Path, target: Path, ask: Mapping[str, Any]) -> dict[str, str]:
+    old = plan.subject.geometry
+    step = history.step(old, plan.target, ask["kernel"], ask["positions"])
+    library = hosts.library(old.library)
+    return cards.card(library.name, library.version, type(model).__name__, (step,), source, target)
+
+
+def _require_nothing_else(target: Path, names: set[str]) -> None:
+    """``target`` becomes the source at another geometry: it may hold nothing that the source does not."""
+    if not target.is_dir():
+        return
+    atomic.recover(target)
+    others = sorted(entry.name for entry in target.iterdir() if entry.name not in names)
+    if others:
+        raise CheckpointError(
+            f"{target} holds other files ({', '.join(others[:5])}): choose another place, or remove them"
+        )
+
+
+def _same(a: Path, b: Path) -> bool:
+    return b.exists() and a.samefile(b)
+
+
+def _other_files(source: Path, written: set[str]) -> Iterator[Path]:
+    """Files to copy as they are: tokenizers, cards, code; not weights in other formats, which would be stale."""
+    for root, directories, names in os.walk(source, followlinks=False):
+        directories[:] = sorted(d for d in directories if not d.startswith(".") and not (Path(root) / d).is_symlink())
+        for name in sorted(names):
+            path = Path(root) / name
+            relative = path.relative_to(source).as_posix()
+            if relative in written or name.startswith(".") or not path.is_file():
+                continue
+            if STALE.search(name) or name.endswith((".safetensors", ".safetensors.index.json")):
+                continue
+            yield path
+
+
+# -- progress ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar by bytes on a terminal, for what takes long enough to look at."""
+    if total < 64 << 20 or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

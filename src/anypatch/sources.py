@@ -20,7 +20,6 @@ from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
-from anypatch.files.configs import read_json
 from anypatch.hosts import cards, door
 from anypatch.hosts.folders import replaced_names
 
@@ -116,7 +115,7 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
                 raise  # a library that is not there, or an option of the caller's
             raise CheckpointError(f"{path}: {error}") from error.__cause__
     if path.exists() or source.endswith(CHECKPOINT_SUFFIXES):
-        from anypatch.conversion import load_file
+        from anypatch.hosts.checkpoints import load_file
 
         if host_kwargs.get("pretrained", True) is not True:
             raise CheckpointError(f"{path} is a file of weights: leave out pretrained")
@@ -172,17 +171,9 @@ def recognise_directory(path: Path) -> tuple[str, str]:
     Raises:
         CheckpointError: no known format; the message lists what was looked for.
     """
-    if (path / "open_clip_config.json").is_file():
-        return "open_clip", f"local-dir:{path}"
-    if (path / "torchvision.json").is_file():
-        return "torchvision", str(path)
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    if "architecture" in config:
-        return "timm", f"local-dir:{path}"
-    if "model_type" in config or "architectures" in config:
-        return "transformers", str(path)
-    if "_class_name" in config:
-        return "diffusers", str(path)
+    found = hosts.by_folder(path)
+    if found is not None:
+        return found[0].name, found[1]
     raise CheckpointError(
         f"{path} is in no host library's format: no open_clip_config.json, no torchvision.json, and no config.json "
         f"with model_type (transformers) or architecture (timm)"

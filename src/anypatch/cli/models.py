@@ -18,13 +18,15 @@ def register(app: typer.Typer) -> None:
     app.command()(check)
 
 
-def load_source(source: str, options: list[str] | None, arch: str | None, weights: bool, quiet: bool) -> Any:
+def load_source(
+    source: str, options: list[str] | None, arch: str | None, weights: bool, quiet: bool, prefix: str | None = None
+) -> Any:
     """The model at its native geometry; without weights where it has a name and they are not asked for."""
     from pathlib import Path
 
     from anypatch.sources import load
 
-    found = o.loader_options(options, arch)
+    found = o.loader_options(options, arch, prefix)
     if not weights and not Path(source).expanduser().is_file() and arch is None:
         found.setdefault("pretrained", False)
     with working(f"loading {source}" if weights else f"building {source}", quiet):
@@ -39,6 +41,7 @@ def inspect(
     keep: o.KeepOption = o.Keep.image,
     weights: o.Weights = False,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     option: o.Options = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -48,7 +51,7 @@ def inspect(
 
     patch = None if patch_size is None else parse_size(patch_size, "--patch-size")
     image = None if image_size is None else parse_image_size(image_size, "--image-size")
-    model = load_source(source, option, arch, weights, quiet)
+    model = load_source(source, option, arch, weights, quiet, prefix)
     with working("inspecting", quiet):
         facts = inspect(model)
         asked = patch is not None or image is not None
@@ -83,6 +86,7 @@ def check(
     patch_size: o.OnePatchSize,
     weights: o.Weights = False,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     option: o.Options = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -91,7 +95,7 @@ def check(
     from anypatch.proof import check
 
     patch = parse_size(patch_size, "--patch-size")
-    model = load_source(source, option, arch, weights, quiet)
+    model = load_source(source, option, arch, weights, quiet, prefix)
     with working("proving", quiet):
         result = check(model, patch)
     if json:

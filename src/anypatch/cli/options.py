@@ -66,6 +66,10 @@ ReferenceOption = Annotated[
 ]
 KernelOption = Annotated[Kernel, typer.Option("--kernel", help="How patch kernels are resized.")]
 Arch = Annotated[Optional[str], typer.Option(help="Architecture of a checkpoint file, such as timm:NAME.")]
+Prefix = Annotated[
+    Optional[str],
+    typer.Option(help="Which of several models in a checkpoint file: what stands before its patch projection's name."),
+]
 Options = Annotated[
     Optional[list[str]],
     typer.Option(
@@ -85,7 +89,7 @@ Folder = Annotated[Path, typer.Option("--output", help="Directory to write, in t
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
-def loader_options(options: list[str] | None, arch: str | None) -> dict[str, Any]:
+def loader_options(options: list[str] | None, arch: str | None, prefix: str | None = None) -> dict[str, Any]:
     """``KEY=VALUE`` pairs as keyword arguments.
 
     >>> loader_options(["pretrained=False", "num_classes=10", "img_size=[224, 448]", "tag=openai"], None)
@@ -94,7 +98,7 @@ def loader_options(options: list[str] | None, arch: str | None) -> dict[str, Any
     Raises:
         AnypatchError: an option of another form.
     """
-    found: dict[str, Any] = {} if arch is None else {"arch": arch}
+    found: dict[str, Any] = {k: v for k, v in (("arch", arch), ("prefix", prefix)) if v is not None}
     for option in options or []:
         key, equals, value = option.partition("=")
         if not equals or not key.isidentifier():

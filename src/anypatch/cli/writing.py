@@ -31,6 +31,7 @@ def adapt(
     kernel: o.KernelOption = o.Kernel.wiener,
     positions: o.PositionsOption = o.Positions.antialias,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     option: o.Options = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
@@ -42,7 +43,7 @@ def adapt(
 
     sizes = _sizes(patch_size, image_size)
     require_target(output, source, overwrite)
-    model = load_source(source, option, arch, True, quiet)
+    model = load_source(source, option, arch, True, quiet, prefix)
     before = geometry(model)
     require_format(output, before.library)
     with working("adapting", quiet):
@@ -68,6 +69,7 @@ def convert(
     kernel: o.KernelOption = o.Kernel.wiener,
     positions: o.PositionsOption = o.Positions.antialias,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     link: Annotated[bool, typer.Option(help="Hard-link files that do not change instead of copying them.")] = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
@@ -89,6 +91,7 @@ def convert(
             kernel=kernel.value,
             positions=positions.value,
             arch=arch,
+            prefix=prefix,
             link=link,
         )
     if json:

@@ -161,6 +161,49 @@ def square_grid(tokens: int) -> int | None:
     return None
 
 
+def advice(tensors: Mapping[str, Any], name: str, stored: Size, taken: Size) -> str:
+    """What to say where a table of positions is not as long as a square image makes it: the rectangles that do.
+
+    Args:
+        tensors: of the file.
+        name: of the table in the model.
+        stored, taken: its shapes in the file, and in a model built for the square image that the file was read as.
+    """
+    hint = "; where the image is not square, pass img_size=(height, width)"
+    found = native(tensors)
+    sides = [axis for axis, (have, want) in enumerate(zip(stored, taken, strict=False)) if have != want]
+    if not POSITIONS.search(name) or len(sides) != 1 or len(stored) != len(taken) or not found.patch:
+        return hint
+    # what the model puts before its grid, which may be more than the fewest tokens that leave a square
+    before = taken[sides[0]] - math.prod(found.grid) if found.grid else 0
+    patches = stored[sides[0]] - before
+    if not 0 <= before < MAX_PREFIX or patches < 1:
+        return hint
+    # nearest to a square first; beyond 1:4, no images that models are trained on
+    rows = [r for r in range(math.isqrt(patches), 0, -1) if patches % r == 0 and patches <= 4 * r * r]
+    images = [(r * found.patch[0], patches // r * found.patch[1]) for r in rows]
+    shown = " or ".join(f"img_size=({a}, {b})" for h, w in images for a, b in dict.fromkeys(((h, w), (w, h))))
+    return f"{hint}: {patches} patches after {before} other tokens may be {shown}" if shown else hint
+
+
+def doubt(tensors: Mapping[str, Any]) -> str:
+    """What to add to a message about a file whose number of positions is no square with the usual tokens before it.
+
+    One or two tokens, of class and distillation, stand before the grid of most models; a count that is a square only
+    after more, 129 being 8 and 121, may as well be a rectangle's, 1 and 8 times 16.
+    """
+    table = next(
+        (n for n in tensors if POSITIONS.search(n) and not NOT_IMAGE.search(n) and not _is_text(n, tensors)), None
+    )
+    if table is None:
+        return ""
+    sides = tuple(tensors[table].shape)
+    tokens = sides[0] if len(sides) == 2 else sides[1] if len(sides) == 3 else 0
+    if tokens < 2 or any(math.isqrt(tokens - before) ** 2 == tokens - before for before in (0, 1, 2)):
+        return ""
+    return f", {tokens} positions, which a rectangle may have: img_size=(height, width) beside arch= says which"
+
+
 def origin(names: Mapping[str, Any]) -> str:
     """The library in whose terms tensors are named: ``npz``, ``open_clip``, ``transformers``, ``torchvision`` or
     ``timm`` (which converts many others)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anypatch.files.opening import identity, open_regular
-from anypatch.files.pickles import MAX_NAME, unpickled
+from anypatch.files.pickles import MAX_LINE, unpickled
 
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -26,7 +26,7 @@ class _Bounded:
         return self._file.read(left if count < 0 else min(count, left))
 
     def readline(self) -> bytes:
-        return self._file.readline(MAX_NAME * 64)
+        return self._file.readline(MAX_LINE)
 
 
 def read_legacy(path: Path) -> Any:

@@ -29,8 +29,7 @@ MAX_PICKLE = 1 << 30  # bytes of the description of a model's tensors; those of 
 # An expanded tensor repeats the same bytes. More than this many times the file is a request for memory, not a model.
 MAX_EXPANSION = 64
 SMALL = 16 << 20
-MAX_DEPTH = 64  # of a scripted module within modules
-MAX_NAME = 1000
+MAX_LINE = 64_000  # bytes of one line of a pickle of the first protocol
 
 STORAGES = {
     "HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
@@ -314,30 +313,3 @@ def _start(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     if start + info.file_size > file.tell():
         raise pickle.UnpicklingError(f"record {info.filename[:200]!r} is cut off")
     return int(start)
-
-
-def scripted_tensors(root: Any) -> dict[str, Tensor]:
-    """The parameters and buffers of a scripted module by name; its code is not looked at.
-
-    Raises:
-        UnpicklingError: nested deeper, or named longer, than a module is.
-    """
-    tensors: dict[str, Tensor] = {}
-    stack: list[tuple[str, int, Any]] = [("", 0, root)]
-    seen: set[int] = set()
-    while stack:
-        prefix, depth, value = stack.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        fields = {**vars(value), **value} if isinstance(value, Inert) else value if isinstance(value, dict) else {}
-        for key, item in fields.items():
-            if not isinstance(key, str) or not isinstance(item, (Tensor, dict)):
-                continue
-            if len(prefix) + len(key) > MAX_NAME or depth > MAX_DEPTH:
-                raise pickle.UnpicklingError(f"a module nested {depth} deep, named {(prefix + key)[:100]}…")
-            if isinstance(item, Tensor):
-                tensors[prefix + key] = item
-            else:
-                stack.append((f"{prefix}{key}.", depth + 1, item))
-    return tensors

@@ -13,7 +13,8 @@ from anypatch.files.header import map_tensors, read_header
 from anypatch.files.legacy import LEGACY_MAGIC, read_legacy
 from anypatch.files.npz import read_npz
 from anypatch.files.opening import first_line, open_regular
-from anypatch.files.pickles import read_archive, scripted_tensors
+from anypatch.files.pickles import read_archive
+from anypatch.files.scripted import scripted_tensors
 from anypatch.files.wrappers import unwrap
 
 
@@ -30,6 +31,7 @@ class Checkpoint:
         names: what each tensor is called in the file.
         whole: all tensors of the table they are in, by their names in the file.
         others: several image towers of equal right; ``tensors`` is then the whole table.
+        notes: what whoever loads it should be told, such as that a head is new.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Checkpoint:
     names: dict[str, str] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def require_one(self) -> None:
         """Refuse to guess which of several image towers is wanted.

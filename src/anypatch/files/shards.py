@@ -1,20 +1,29 @@
-"""Copy bytes within the operating system, and write ``.safetensors`` files from others."""
+"""Copy bytes within the operating system, write ``.safetensors`` files from others; models in several of them."""
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from anypatch.errors import CheckpointError
-from anypatch.files.flushing import Flusher
-from anypatch.files.header import BITS, Header
-from anypatch.files.opening import open_regular, require_unchanged
+from torch import Tensor
 
+from anypatch.errors import CheckpointError
+from anypatch.files.configs import read_json
+from anypatch.files.flushing import Flusher
+from anypatch.files.header import BITS, Entry, Header, map_tensors, read_header
+from anypatch.files.opening import open_regular, require_unchanged
+from anypatch.files.tensors import require_finite
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 CHUNK = 8 << 20
 STEP = 256 << 20  # bytes copied between two signs of progress
 NO_RANGES = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
@@ -145,10 +154,7 @@ def _copy_run(
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count * BITS[dtype] // 8
+    return math.prod(shape) * BITS[dtype] // 8
 
 
 def header_bytes(described: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
@@ -168,3 +174,77 @@ def write_text(path: Path, text: str, flusher: Flusher) -> None:
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
         flusher.add(file)
+
+
+# -- models in parts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The ``.safetensors`` files that hold one model.
+
+    Attributes:
+        headers: of each, by file name.
+        index: which file each tensor is in, as it was written, where there is more than one.
+    """
+
+    headers: dict[str, Header]
+    index: dict[str, Any] | None = None
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor's place."""
+        return {name: entry for header in self.headers.values() for name, entry in header.entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from its file, after it was seen to be finite.
+
+        Raises:
+            CheckpointError: it has NaN or infinite values.
+        """
+        header = next(h for h in self.headers.values() if name in h.entries)
+        tensor = map_tensors(header, [name])[name]
+        require_finite(header.path, name, tensor)
+        return tensor
+
+    def reindexed(self, values: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """The index once some tensors have other values."""
+        result, entries = copy.deepcopy(self.index), self.entries
+        metadata = None if result is None else result.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), (int, float)):
+            grown = sum(v.numel() * v.dtype.itemsize - (entries[n].end - entries[n].start) for n, v in values.items())
+            metadata["total_size"] += grown
+            if isinstance(metadata.get("total_parameters"), int):
+                metadata["total_parameters"] += sum(v.numel() - math.prod(entries[n].shape) for n, v in values.items())
+        return result
+
+
+def read_shards(source: Path) -> Shards:
+    """What a directory's weights are, in one file or several.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged, or the index does not say what the shards hold.
+    """
+    if not (source / INDEX).is_file():
+        if not (source / SINGLE).is_file():
+            raise CheckpointError(f"{source} holds neither {SINGLE} nor {INDEX}")
+        return Shards({SINGLE: read_header(source / SINGLE)})
+    index = read_json(source / INDEX)
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{source / INDEX} is damaged: it has no weight_map")
+    headers: dict[str, Header] = {}
+    for shard in dict.fromkeys(table.values()):
+        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            raise CheckpointError(f"{source / INDEX} names a file outside the directory: {shard!r}")
+        if not (source / shard).is_file():
+            raise CheckpointError(f"{source / INDEX} names {shard}, which is missing")
+        headers[shard] = read_header(source / shard)
+    for name, shard in table.items():
+        if name not in headers[shard].entries:
+            raise CheckpointError(f"{source / INDEX} says that {name!r} is in {shard}, and it is not")
+    for shard, header in headers.items():
+        stray = [name for name in header.entries if table.get(name) != shard]
+        if stray:
+            raise CheckpointError(f"{source / INDEX} does not say that {stray[0]!r} is in {shard}")
+    return Shards(headers, index)

@@ -19,10 +19,10 @@ from anypatch.hosts.base import Host
 # models are their owners', and whatever nobody knows is for the structural rule.
 HOSTS = (
     Host("open_clip"),
+    Host("torchvision"),
     Host("timm"),
     Host("transformers"),
     Host("diffusers"),
-    Host("torchvision"),
     Host("generic", prefix="hub", package="anypatch.hosts.structural"),
 )
 

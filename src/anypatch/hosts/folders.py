@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,19 +76,27 @@ FORMATS = {
 
 
 def formats(folder: Path) -> set[str]:
-    """The libraries in whose format a directory is."""
+    """The libraries in whose format a directory is; a damaged configuration is nobody's."""
     found = set()
-    for library, form in FORMATS.items():
-        path = folder / form.config
-        try:
-            if not path.is_file():
-                continue
-            config = read_json(path) if form.keys else {}
-        except (OSError, CheckpointError):
-            continue
-        if not form.keys or any(key in config for key in form.keys):
-            found.add(library)
+    for library in FORMATS:
+        with contextlib.suppress(OSError, CheckpointError):
+            if is_format(folder, library):
+                found.add(library)
     return found
+
+
+def is_format(folder: Path, library: str) -> bool:
+    """Whether a directory is in a library's format.
+
+    Raises:
+        CheckpointError: its configuration is damaged.
+    """
+    form = FORMATS[library]
+    path = folder / form.config
+    if not path.is_file():
+        return False
+    config = read_json(path) if form.keys else {}
+    return not form.keys or any(key in config for key in form.keys)
 
 
 def replaced_names(folder: Path, library: str) -> Callable[[str], bool]:

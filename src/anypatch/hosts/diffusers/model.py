@@ -14,6 +14,7 @@ from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Example
+from anypatch.hosts.folders import is_format
 from anypatch.hosts.rebuilding import require_rebuilds
 
 NAME = "diffusers"
@@ -124,6 +125,11 @@ def _hunyuan(model: nn.Module, latents: Tensor) -> Any:
     finally:
         hook.remove()
     return [*tokens, painted]
+
+
+def names_folder(path: Path) -> str | None:
+    """A directory in diffusers' format."""
+    return str(path) if is_format(path, NAME) else None
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:

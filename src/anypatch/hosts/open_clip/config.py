@@ -11,6 +11,7 @@ from torch import nn
 
 from anypatch.core.empty import empty
 from anypatch.errors import UnsupportedModelError
+from anypatch.files.tensors import difference, shapes_of
 from anypatch.hosts.base import pair, plain
 from anypatch.hosts.open_clip.model import absolute_pool, image_tower, is_a, ratio
 from anypatch.hosts.timm import model as trunks
@@ -213,7 +214,7 @@ def _name_timm_tower(model: nn.Module, cfg: dict[str, Any], directory: Path) -> 
         same = trunks.subject(twin.get_submodule("visual.trunk")).geometry == trunks.subject(trunk).geometry
     except Exception:
         same = False
-    if same and _mismatch(model, twin) is None:
+    if same and difference(shapes_of(model), shapes_of(twin)) is None:
         return
     tower = directory / TOWER
     tower.mkdir()
@@ -235,9 +236,3 @@ def construct(model: nn.Module, cfg: dict[str, Any]) -> nn.Module:
         arguments["text_cfg"]["hf_model_pretrained"] = False
     name = next(n for n in ("CoCa", "CustomTextCLIP", "CLIP") if is_a(model, n))
     return getattr(open_clip, name)(**arguments)
-
-
-def _mismatch(model: nn.Module, twin: nn.Module) -> str | None:
-    """The first tensor in which two models differ by name or shape."""
-    a, b = model.state_dict(), twin.state_dict()
-    return next((k for k in {**a, **b} if k not in a or k not in b or a[k].shape != b[k].shape), None)

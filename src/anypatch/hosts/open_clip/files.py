@@ -1,4 +1,4 @@
-"""open_clip's own formats: models by name, directories, and what may stand in one.
+"""open_clip's own formats: models by name, directories and raw checkpoints.
 
 ``save`` writes ``open_clip_config.json`` and ``open_clip_model.safetensors``, for
 ``open_clip.create_model("local-dir:DIRECTORY")``. The configuration is read off the live model; what no module
@@ -15,6 +15,7 @@ that line, or pass the place on: ``cfg = open_clip.get_model_config("local-dir:N
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -22,77 +23,56 @@ from typing import Any
 
 from torch import nn
 
+from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
-from anypatch.files.configs import PLACE, entries, read_config, require_name
-from anypatch.hosts.base import unknown
+from anypatch.files.configs import read_json
+from anypatch.files.header import read_header
+from anypatch.files.reading import read
+from anypatch.hosts.base import plain, unknown
+from anypatch.hosts.folders import is_format
 from anypatch.hosts.open_clip.config import LOCAL, REMEMBERED, TOWER, construct, model_config
+from anypatch.hosts.open_clip.fitting import candidates, fit, from_config
 from anypatch.hosts.open_clip.model import NAME, image_tower
+from anypatch.hosts.open_clip.safety import CONFIG, HUB, require_no_code, require_safe, require_weights
+from anypatch.hosts.opened import Opened, changed_tensors, dump
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
-from anypatch.hosts.timm.files import checked_folder
 
-CONFIG, HUB = "open_clip_config.json", "hf-hub:"
-WRITTEN = "open_clip_model.safetensors"
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
-# Texts that are names on a hub, which have one slash; everything else in a configuration has none.
-HUB_NAMES = frozenset(("hf_model_name", "hf_tokenizer_name"))
+__all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "save"]
+
+WEIGHTS = "open_clip_model.safetensors"
 
 
-def require_safe(directory: Path) -> dict[str, Any]:
-    """The configuration of a directory, after all that open_clip would open on its word was looked at.
-
-    Raises:
-        CheckpointError: it is damaged, or names a place: another directory, a file, an address.
-    """
-    path = directory / CONFIG
-    cfg = read_config(path).get("model_cfg")
-    vision = cfg.get("vision_cfg") if isinstance(cfg, dict) else None
-    if not isinstance(cfg, dict) or not isinstance(vision, dict) or not isinstance(cfg.get("text_cfg"), dict):
-        raise CheckpointError(f"{path} has no model_cfg with a vision_cfg and a text_cfg")
-    tower = directory / TOWER
-    inside = (tower / "config.json").is_file()
-    if inside:
-        checked_folder(tower)  # it is read instead of the place that the configuration says
-    for keys, value in entries(cfg, path):
-        key = str(keys[-1])
-        if not isinstance(value, str) or (inside and keys == ("vision_cfg", "timm_model_name")):
-            continue
-        if key in HUB_NAMES:
-            _require_hub_name(value, f"{path}: {key}")
-        elif key == "timm_model_name":
-            require_name(value, f"{path}: {key}")
-        elif PLACE.search(value):
-            raise CheckpointError(
-                f"{path}: {'.'.join(map(str, keys))} is {value[:100]!r}, which is no name but a place"
-            )
-    return cfg
+def names_folder(path: Path) -> str | None:
+    """A directory in open_clip's format, as ``open_clip.create_model`` takes it."""
+    return f"{LOCAL}{path}" if is_format(path, "open_clip") else None
 
 
-def _require_hub_name(value: str, where: str) -> None:
-    """A name on a hub, whose configuration does not ask to run code of its own.
+def open_folder(source: Path) -> Opened:
+    """The model over the file's own memory.
 
     Raises:
-        CheckpointError: a directory, or a configuration that needs code.
+        CheckpointError: the directory is damaged, or its weights do not fit its configuration.
+        UnsupportedModelError: the image tower is timm's.
     """
-    if (
-        value.count("/") > 1
-        or value.startswith((".", "~", "/"))
-        or Path(value).exists()
-        or PLACE.search(value.replace("/", ""))
-    ):
-        raise CheckpointError(f"{where} is {value[:100]!r}, which is no name on a hub but a place")
+    cfg = require_safe(source)
+    if "timm_model_name" in cfg["vision_cfg"]:
+        raise UnsupportedModelError(f"{source} has a timm tower: use anypatch.load and anypatch.save")
+    raw, checkpoint = read_json(source / CONFIG), read(source / WEIGHTS)
+    model = from_config(cfg, checkpoint)
 
+    def texts(plan: Plan) -> dict[str, str]:
+        text = copy.deepcopy(raw)
+        assert plan.target.image_size is not None
+        text["model_cfg"]["vision_cfg"]["patch_size"] = plain(plan.target.patch_size)
+        text["model_cfg"]["vision_cfg"]["image_size"] = plain(plan.target.image_size)
+        if isinstance(text.get("preprocess_cfg"), dict) and "size" in text["preprocess_cfg"]:
+            text["preprocess_cfg"]["size"] = plain(plan.target.image_size)
+        return {CONFIG: dump(text)}
 
-def require_weights(directory: Path) -> None:
-    """open_clip makes a random model of a directory without weights, and says so in a log at most.
+    def values(plan: Plan) -> Any:
+        return {checkpoint.names[n]: t for n, t in changed_tensors(checkpoint, model, plan).items()}
 
-    Raises:
-        CheckpointError: there are none.
-    """
-    if not any(path.is_file() for pattern in WEIGHTS for path in directory.glob(pattern)):
-        raise CheckpointError(
-            f"{directory} has a configuration and no weights (open_clip_model.safetensors or another of "
-            f"{', '.join(WEIGHTS)}); pretrained=False makes a random model"
-        )
+    return Opened(model, {WEIGHTS: read_header(source / WEIGHTS)}, values, texts)
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
@@ -162,6 +142,8 @@ def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dic
         raise CheckpointError(f"{identifier} holds no open_clip configuration: {error}") from error
     if cfg is None:
         raise unknown(NAME, identifier, open_clip.list_models())
+    if isinstance(cfg.get("text_cfg"), dict) and "hf_model_name" in cfg["text_cfg"]:
+        require_no_code(cfg["text_cfg"]["hf_model_name"])
     if name.startswith(LOCAL):
         tower = Path(name[len(LOCAL) :], TOWER)
         if (tower / "config.json").is_file():  # where the directory is now
@@ -186,7 +168,7 @@ def save(model: nn.Module, directory: Path, final: Path, name: str | None = None
     if not path:
         raise UnsupportedModelError("a bare image tower has no format in open_clip: save the whole model")
     cfg = model_config(model, directory, name)
-    save_file(contiguous(model, "open_clip's model"), directory / WRITTEN)
+    save_file(contiguous(model, "open_clip's model"), directory / WEIGHTS)
     require_rebuilds(directory, model, lambda: construct(model, cfg), "open_clip's model")
     staged, named = f"{LOCAL}{directory / TOWER}", cfg["vision_cfg"]
     if named.get("timm_model_name") == staged:

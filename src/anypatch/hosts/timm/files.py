@@ -1,91 +1,86 @@
-"""What may stand in a directory of timm's format, and what timm does with a file's tensors."""
+"""Files of timm: a raw checkpoint's tensors, and directories in its format."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import fields, is_dataclass
-from functools import lru_cache
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError
-from anypatch.files.configs import PLACE, entries, read_config, require_allowed, require_name
-from anypatch.hosts.base import unknown
+from anypatch.files.configs import read_config
+from anypatch.files.reading import read
+from anypatch.files.shards import SINGLE, read_shards
+from anypatch.hosts.base import plain, unknown
+from anypatch.hosts.folders import is_format
+from anypatch.hosts.opened import Opened, as_json, changed_tensors, dump, merged
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 from anypatch.hosts.timm.facts import row
+from anypatch.hosts.timm.fitting import fit
+from anypatch.hosts.timm.inference import candidates
 from anypatch.hosts.timm.model import sizes_of
-from anypatch.hosts.timm.private import construction, core_of, recorded, with_classes, write_config
+from anypatch.hosts.timm.private import core_of, recorded, with_classes, write_config
+from anypatch.hosts.timm.safety import LOCAL, checked_folder
 from anypatch.hosts.timm.stems import NAME, stem_of, title_of
 
-# What timm's factory takes besides the constructor's own arguments, and records. Not among them: checkpoint_path and
-# cache_dir, which open files, pretrained and whatever begins so.
-FACTORY = frozenset((
-    "scriptable", "exportable", "no_jit", "features_only", "out_indices", "output_stride", "feature_cls", "out_map",
-    "num_classes", "in_chans", "global_pool", "img_size", "use_naflex", "dynamic_img_size", "strict_img_size",
-))  # fmt: skip
-NEVER = frozenset(("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"))
+__all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "save"]
 
 
-@lru_cache(maxsize=256)
-def _allowed(name: str) -> frozenset[str]:
-    made = construction(name)
-    own: set[str] = set()
-    if made is not None:
-        own |= set(made.arguments)
-        for kind in getattr(made.kind, "__mro__", ()):
-            if "__init__" in vars(kind):
-                own |= set(inspect.signature(kind.__init__).parameters)
-        cfg = made.arguments.get("cfg")
-        if is_dataclass(cfg):
-            own |= {f.name for f in fields(cfg)}
-    return frozenset(k for k in own | FACTORY if k not in NEVER and not k.startswith("pretrained"))
+def names_folder(path: Path) -> str | None:
+    """A directory in timm's format, as ``timm.create_model`` takes it."""
+    return f"{LOCAL}{path}" if is_format(path, "timm") else None
 
 
-def described(config: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture and the constructor arguments that a ``config.json`` says, after each was looked at.
+def open_folder(source: Path) -> Opened:
+    """The model over the file's own memory.
 
     Raises:
-        CheckpointError: it names something besides an architecture of timm's own and what describes one.
+        CheckpointError: the directory is damaged, its weights are in shards, or do not fit its configuration.
     """
-    import timm
+    shards = read_shards(source)
+    if list(shards.headers) != [SINGLE]:
+        raise CheckpointError(f"{source}: timm reads {SINGLE} only, not shards")
+    raw = read_config(source / "config.json")
+    checkpoint = read(source / SINGLE)
+    model = fit(f"{LOCAL}{source}", checkpoint)
 
-    name = require_name(config.get("architecture"), str(path))
-    if not timm.is_model(name.partition(".")[0]):
-        raise CheckpointError(f"{path} names the architecture {name[:100]!r}, which this timm does not have")
-    arguments = config.get("model_args") or {}
-    require_allowed(arguments, _allowed(name.partition(".")[0]), f"{path}: model_args")
-    keys = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
-    require_allowed(keys, keys, str(path))
-    return name, {**keys, **arguments}
+    def texts(plan: Plan) -> dict[str, str]:
+        before = _config(model)
+        plan.apply()
+        text = merged(raw, before, _config(model))
+        text["model_args"] = as_json(_arguments(raw, plan))
+        return {"config.json": dump(text)}
 
+    def values(plan: Plan) -> Any:
+        return {checkpoint.names[n]: t for n, t in changed_tensors(checkpoint, model, plan).items()}
 
-def checked_folder(path: Path) -> tuple[str, dict[str, Any]]:
-    """A directory in timm's format: what it describes.
-
-    Raises:
-        CheckpointError: its ``config.json`` is damaged, or says what no description of a model says.
-    """
-    config = read_config(path / "config.json")
-    return described(config, path / "config.json")
+    return Opened(model, shards.headers, values, texts)
 
 
-def require_nested(config: dict[str, Any], path: Path) -> None:
-    """The same for timm's models inside another library's configuration, at any depth.
+def _arguments(raw: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """What timm's constructor has to be told, where the sizes are no longer the architecture's own."""
+    old, new = plan.subject.geometry, plan.target
+    arguments = dict(raw.get("model_args") or {})
+    for key, before, size in (
+        ("img_size", old.image_size, new.image_size),
+        ("patch_size", old.patch_size, new.patch_size),
+    ):
+        if size is not None and (size != before or key in arguments):
+            arguments[key] = plain(size)
+    return arguments
 
-    Raises:
-        CheckpointError: an argument that opens or fetches something.
-    """
-    for keys, value in entries(config, path):
-        names = [str(key) for key in keys]
-        inside = any(key in ("model_args", "backbone_kwargs", "timm_kwargs") for key in names[:-1])
-        if inside and (names[-1] in NEVER or names[-1].startswith("pretrained") or _is_place(value)):
-            raise CheckpointError(f"{path}: {'.'.join(names)} is nothing that describes a model: remove it")
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What timm would write for a model."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "config.json"
+        write_config(model, path)
+        return read_config(path)
 
 
-def _is_place(value: Any) -> bool:
-    return isinstance(value, str) and bool(PLACE.search(value))
+# -- by name, and to directories -----------------------------------------------------------------------------
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
@@ -112,7 +107,7 @@ def names() -> list[str]:
 def _require_known(name: str) -> None:
     import timm
 
-    if name.startswith("local-dir:"):
+    if name.startswith(LOCAL):
         checked_folder(Path(name.partition(":")[2]))
     elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown(NAME, name, names())

@@ -12,15 +12,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.core.empty import empty
+from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
+from anypatch.files import layouts
 from anypatch.files.configs import read_config, require_allowed
 from anypatch.files.header import read_header
+from anypatch.files.reading import Checkpoint
+from anypatch.files.tensors import assign, compared, rooted_for, shapes
 from anypatch.hosts.base import unknown
+from anypatch.hosts.folders import is_format
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 from anypatch.hosts.torchvision.facts import ROWS, Row
 from anypatch.hosts.torchvision.model import NAME, arguments_of, construct, known
@@ -130,3 +136,69 @@ def _require_default_norm(model: nn.Module, family: Row) -> None:
         raise UnsupportedModelError(
             f"the model was built with its own norm_layer ({norm}), which cannot be saved as an argument"
         )
+
+
+# -- raw checkpoints -----------------------------------------------------------------------------------------
+
+
+def fit(name: str, checkpoint: Checkpoint, **host_kwargs: Any) -> nn.Module:
+    """A torchvision model with a file's weights.
+
+    Raises:
+        CheckpointError: the file does not fit ``name``.
+        UnsupportedModelError: torchvision knows no such model.
+    """
+    checkpoint.require_one()
+    if Path(name).is_dir():
+        return assign(
+            empty(lambda: build(name, **host_kwargs)), dict(checkpoint.tensors), checkpoint, f"torchvision:{name}"
+        )
+    name = name.split("/")[0]
+    checkpoint = rooted_for(build_for(name, {}, host_kwargs), checkpoint)
+    model = build_for(name, checkpoint.tensors, host_kwargs)
+    return assign(model, dict(checkpoint.tensors), checkpoint, f"torchvision:{name}")
+
+
+def build_for(name: str, tensors: Mapping[str, Any], host_kwargs: Mapping[str, Any]) -> nn.Module:
+    """An empty torchvision model for a file's tensors.
+
+    Raises:
+        UnsupportedModelError: torchvision knows no such model.
+    """
+    from torchvision.models import get_model, get_model_builder, list_models
+
+    try:
+        get_model_builder(name)
+    except (KeyError, ValueError):
+        raise unknown("torchvision", name, list_models()) from None
+    native = layouts.native(tensors)
+    arguments: dict[str, Any] = {}
+    if native.image is not None:
+        arguments["image_size"] = native.image[0]
+    head = tensors.get("heads.head.weight", tensors.get("head.weight"))
+    if head is not None:
+        arguments["num_classes"] = head.shape[0]
+    try:
+        return empty(lambda: get_model(name, weights=None, **{**arguments, **host_kwargs}))
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UnsupportedModelError(f"torchvision cannot build {name} for this file: {error}") from error
+
+
+def candidates(checkpoint: Checkpoint) -> Iterator[str]:
+    """torchvision's models that hold exactly the file's tensors."""
+    from torchvision.models import list_models
+
+    for name in list_models():
+        if not name.startswith(("vit_", "swin_")):
+            continue
+        try:
+            model = build_for(name, checkpoint.tensors, {})
+        except AnypatchError:
+            continue
+        if compared(shapes(checkpoint.tensors), shapes(model.state_dict())).agree:
+            yield name
+
+
+def names_folder(path: Path) -> str | None:
+    """A directory that ``save`` wrote."""
+    return str(path) if is_format(path, "torchvision") else None

@@ -13,19 +13,28 @@ from torch import nn
 
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
-from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.errors import UnsupportedModelError
 from anypatch.files.atomic import copy_whole
-from anypatch.files.configs import PLACE, entries, read_config
-from anypatch.hosts.folders import FORMATS, travelling
+from anypatch.files.configs import read_config
+from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import require_rebuilds
-from anypatch.hosts.timm.files import require_nested
 from anypatch.hosts.transformers import processors
+from anypatch.hosts.transformers.fitting import candidates, fit
 from anypatch.hosts.transformers.model import make, subject
+from anypatch.hosts.transformers.opening import open_folder
+from anypatch.hosts.transformers.safety import require_safe
+
+__all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "save"]
 
 NAME = "transformers"
 
 # What `load` read, so that `save` can write what lay beside it: source, geometry at that time, and where to look.
 _SOURCES: weakref.WeakKeyDictionary[nn.Module, tuple[str, Geometry, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def names_folder(path: Path) -> str | None:
+    """A directory in transformers' format."""
+    return str(path) if is_format(path, NAME) else None
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
@@ -60,25 +69,6 @@ def _require_safe(name: str, host_kwargs: dict[str, Any]) -> None:
     folder = Path(name, host_kwargs.get("subfolder") or "")
     if folder.is_dir() and (folder / "config.json").exists():
         require_safe(read_config(folder / "config.json"), folder / "config.json")
-
-
-def require_safe(config: dict[str, Any], path: Path) -> None:
-    """Look at what transformers would fetch, open or run on the word of a configuration, at any depth.
-
-    Raises:
-        CheckpointError: a backbone that is a place, a kernel from a hub, or an argument of timm's that opens a file.
-    """
-    require_nested(config, path)
-    for keys, value in entries(config, path):
-        key = str(keys[-1])
-        if not isinstance(value, str):
-            continue
-        # "repository/kernel" there is compiled code that transformers fetches and runs
-        if key.endswith(("attn_implementation", "experts_implementation")) and PLACE.search(value):
-            raise CheckpointError(f"{path}: {key} is {value[:100]!r}, which is code from elsewhere")
-        # a name of timm's has no slash, a name on a hub one
-        if key in ("backbone", "architecture") and (value.count("/") > 1 or PLACE.search(value.replace("/", "", 1))):
-            raise CheckpointError(f"{path}: {key} is {value[:100]!r}, which is no name but a place")
 
 
 def build(name: str, **host_kwargs: Any) -> nn.Module:

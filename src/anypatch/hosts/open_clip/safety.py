@@ -1,0 +1,90 @@
+"""What may stand in a directory of open_clip's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from anypatch.errors import CheckpointError
+from anypatch.files.configs import PLACE, entries, read_config, require_name
+from anypatch.hosts.open_clip.config import TOWER
+from anypatch.hosts.timm.safety import checked_folder
+
+CONFIG, HUB = "open_clip_config.json", "hf-hub:"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+# Texts that are names on a hub, which have one slash; everything else in a configuration has none.
+HUB_NAMES = frozenset(("hf_model_name", "hf_tokenizer_name"))
+
+
+def require_safe(directory: Path) -> dict[str, Any]:
+    """The configuration of a directory, after all that open_clip would open on its word was looked at.
+
+    Raises:
+        CheckpointError: it is damaged, or names a place: another directory, a file, an address.
+    """
+    path = directory / CONFIG
+    cfg = read_config(path).get("model_cfg")
+    vision = cfg.get("vision_cfg") if isinstance(cfg, dict) else None
+    if not isinstance(cfg, dict) or not isinstance(vision, dict) or not isinstance(cfg.get("text_cfg"), dict):
+        raise CheckpointError(f"{path} has no model_cfg with a vision_cfg and a text_cfg")
+    tower = directory / TOWER
+    inside = (tower / "config.json").is_file()
+    if inside:
+        checked_folder(tower)  # it is read instead of the place that the configuration says
+    for keys, value in entries(cfg, path):
+        key = str(keys[-1])
+        if not isinstance(value, str) or (inside and keys == ("vision_cfg", "timm_model_name")):
+            continue
+        if key in HUB_NAMES:
+            _require_hub_name(value, f"{path}: {key}")
+        elif key == "timm_model_name":
+            require_name(value, f"{path}: {key}")
+        elif PLACE.search(value):
+            raise CheckpointError(
+                f"{path}: {'.'.join(map(str, keys))} is {value[:100]!r}, which is no name but a place"
+            )
+    return cfg
+
+
+def _require_hub_name(value: str, where: str) -> None:
+    """A name on a hub, whose configuration does not ask to run code of its own.
+
+    Raises:
+        CheckpointError: a directory, or a configuration that needs code.
+    """
+    if (
+        value.count("/") > 1
+        or value.startswith((".", "~", "/"))
+        or Path(value).exists()
+        or PLACE.search(value.replace("/", ""))
+    ):
+        raise CheckpointError(f"{where} is {value[:100]!r}, which is no name on a hub but a place")
+
+
+def require_no_code(name: str) -> None:
+    """The configuration of a text tower on a hub asks to run no code; otherwise transformers asks on standard input.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    try:
+        import transformers
+
+        transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ImportError):
+        pass  # it cannot be had, which open_clip says when it asks for it
+    except ValueError as error:
+        raise CheckpointError(f"the text tower {name!r} cannot be had without running its own code: {error}") from error
+
+
+def require_weights(directory: Path) -> None:
+    """open_clip makes a random model of a directory without weights, and says so in a log at most.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if not any(path.is_file() for pattern in WEIGHTS for path in directory.glob(pattern)):
+        raise CheckpointError(
+            f"{directory} has a configuration and no weights (open_clip_model.safetensors or another of "
+            f"{', '.join(WEIGHTS)}); pretrained=False makes a random model"
+        )
