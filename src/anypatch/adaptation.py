@@ -170,7 +170,7 @@ def at(
     Raises:
         GeometryError, UnsupportedModelError: as for :func:`adapt`; a view has no views.
 
-    Example:
+    Examples:
         >>> import anypatch, timm, torch
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=1)
         >>> view = anypatch.at(model, 32)

@@ -41,7 +41,7 @@ def flexible(
         GeometryError: no patch size, or one that does not fit.
         UnsupportedModelError: as for :func:`anypatch.adapt`.
 
-    Example:
+    Examples:
         >>> import anypatch, timm, torch
         >>> model = anypatch.flexible(timm.create_model("vit_tiny_patch16_224", depth=1), (8, 16, 32))
         >>> model(torch.zeros(1, 3, 224, 224), patch_size=32).shape

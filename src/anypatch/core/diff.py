@@ -88,7 +88,7 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
     Raises:
         UnsupportedModelError: a layer or an axis appears or disappears.
 
-    Example:
+    Examples:
         >>> from anypatch.core.geometry import Geometry
         >>> small, large = Geometry((4, 4), (8, 8)), Geometry((8, 8), (16, 16))
         >>> twins = Twins(nn.Conv2d(3, 5, 4, 4), nn.Conv2d(3, 5, 8, 8), small, large)

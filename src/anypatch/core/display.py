@@ -9,7 +9,7 @@ from html import escape
 def facts_table(caption: str, facts: Mapping[str, object]) -> str:
     """Facts as an HTML table, for ``_repr_html_``. Written by hand, as templates are for the report, above the core.
 
-    Example:
+    Examples:
         >>> facts_table("A <b>", {"x": 1})
         '<table><caption>A &lt;b&gt;</caption><tbody><tr><th scope="row">x</th><td>1</td></tr></tbody></table>'
     """

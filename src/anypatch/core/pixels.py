@@ -41,7 +41,7 @@ def as_rgb(image: Image) -> Image:
         ValueError: levels whose white is not known, or a mode that Pillow cannot convert. Whoever reads many pictures
             counts it among those that cannot be read.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from PIL import Image
         >>> scan = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))

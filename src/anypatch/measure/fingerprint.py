@@ -72,7 +72,7 @@ def fingerprint(model: object) -> str:
     weights have one fingerprint, in any process. Other objects that are part of the work (a kernel, a preprocessing of
     the user's) are read likewise.
 
-    Example:
+    Examples:
         >>> import torch
         >>> relu, gelu = (torch.nn.Sequential(torch.nn.Flatten(), f) for f in (torch.nn.ReLU(), torch.nn.GELU()))
         >>> fingerprint(relu) == fingerprint(gelu)

@@ -96,7 +96,7 @@ def sweep(
         DataError: no images, one class only, class names that do not match.
         UnsupportedModelError: a model that cannot be adapted, or whose features cannot be read.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2)
         >>> result = sweep(vit, [16, 32], batch_size=1, progress=False)

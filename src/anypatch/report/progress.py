@@ -28,7 +28,7 @@ def shown_progress(asked: Progress | bool | None, first: str = "") -> Iterator[P
             another such block, what that block shows.
         first: what is said before anything was called.
 
-    Example:
+    Examples:
         >>> with shown_progress(False) as progress:
         ...     progress("reading", 1, 2)
     """
@@ -146,7 +146,7 @@ class Notebook:
 def duration(seconds: float) -> str:
     """``"8 s"``, ``"3 min 20 s"``, ``"2 h 5 min"``.
 
-    Example:
+    Examples:
         >>> duration(200)
         '3 min 20 s'
     """
