@@ -80,14 +80,14 @@ class Page:
             mobile=width < 600,
         )
 
-    def open(self, path: Path) -> None:
-        """Open a file and wait until it and its pictures are there."""
-        self.send("Page.navigate", url=path.resolve().as_uri())
+    def open(self, path: Path | str) -> None:
+        """Open a file, or a URL, and wait until it and its pictures are there."""
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         until = time.monotonic() + 30
         ready = "document.readyState == 'complete' && location.href != 'about:blank'"
         while not self.value(ready):
             if time.monotonic() > until:
-                raise TimeoutError(f"{path.name} did not load")
+                raise TimeoutError(f"{path} did not load")
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:

@@ -7,7 +7,11 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -127,16 +131,30 @@ def test_the_site_is_built_strictly_and_no_link_is_dead(site: Path, tmp_path: Pa
     assert _dead(tmp_path) == ["x.html -> y.html", "x.html -> #b"]
 
 
+@pytest.fixture
+def served(site: Path) -> Iterator[str]:
+    """The site's address on loopback, as its readers get it."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pages_fit_and_say_nothing_on_the_console(site: Path, width: int, dark: bool) -> None:
+def test_pages_fit_and_say_nothing_on_the_console(served: str, width: int, dark: bool) -> None:
     with Page(width, 900, dark) as page:
         for name in ("index", "reference", "guides/tune", "guides/choose", "notebooks/choose", "coverage", "speed"):
-            page.open(site / f"{name}.html")
+            page.open(f"{served}/{name}.html")
             assert page.value("document.documentElement.scrollWidth") <= width, name
             scheme = page.value("document.body.getAttribute('data-md-color-scheme')")
             assert scheme == ("slate" if dark else "default"), name
         assert page.console == []
-        assert [url for url in page.requests if not url.startswith("file:")] == []
+        assert [url for url in page.requests if not url.startswith((served, "blob:"))] == []

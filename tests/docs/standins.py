@@ -148,22 +148,36 @@ def _photo(path: Path, number: int = 0) -> None:
     picture.crop((left, top, left + 400, top + 400)).save(path)
 
 
-def _clip(folder: Path) -> None:
+def _clip(folder: Path, patch: int = 16) -> None:
     size = {**_TINY, "projection_dim": 16}
     config = {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
-        "vision_config": {**size, "image_size": 224, "patch_size": 16},
+        "vision_config": {**size, "image_size": 224, "patch_size": patch},
         "text_config": {**size, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 97},
         "projection_dim": 16,
     }
     save_transformers(config, folder)
 
 
-def _vit_file(path: Path) -> None:
+def _clip14(folder: Path) -> None:
+    _clip(folder, 14)
+
+
+def _vit_file(path: Path, name: str = "vit_small_patch16_224") -> None:
     import timm
 
-    torch.save(timm.create_model("vit_small_patch16_224").state_dict(), path)
+    torch.save(timm.create_model(name).state_dict(), path)
+
+
+def _clip_file(path: Path) -> None:
+    _vit_file(path, "vit_base_patch16_clip_quickgelu_224")
+
+
+def _vit_tensors(path: Path) -> None:
+    import timm
+
+    _save(timm.create_model("vit_small_patch16_224").state_dict(), path)
 
 
 FILES: dict[str, Callable[[Path], None]] = {
@@ -171,6 +185,9 @@ FILES: dict[str, Callable[[Path], None]] = {
     "my-photos": _many_photos,
     "photo.jpg": _photo,
     "clip": _clip,
+    "clip-vit-large-patch14": _clip14,
     "checkpoint.pth": _vit_file,
+    "vit.safetensors": _vit_tensors,
+    "ViT-B-16.pt": _clip_file,
     "weights.pth": _vit_file,
 }
