@@ -591,6 +591,21 @@ def test_image_that_is_not_square(tmp_path: Path) -> None:
     assert anypatch.geometry(loaded).image_size == (32, 96)
 
 
+@pytest.mark.parametrize("image", [(128, 256), (64, 192), (160, 224)])
+def test_positions_of_a_rectangle(tmp_path: Path, image: tuple[int, int]) -> None:
+    sizes: dict[str, Any] = {"depth": 1, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=image, **sizes)
+    path = _stored(tmp_path, model.state_dict())
+    with pytest.raises(CheckpointError, match=rf"1 other tokens may be .*img_size=\({image[0]}, {image[1]}\)"):
+        load_file(path, TINY, **sizes)
+
+
+def test_positions_that_could_be_two_things(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(128, 256), depth=1, num_classes=0)  # 1 + 8 * 16
+    with pytest.raises(CheckpointError, match="129 positions, which a rectangle may have"):
+        load_file(_stored(tmp_path, model.state_dict()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_would_be_resampled_are_finite(tiny: nn.Module, tmp_path: Path, value: float) -> None:
     state = {k: v.clone() for k, v in tiny.state_dict().items()}

@@ -175,7 +175,8 @@ def advice(tensors: Mapping[str, Any], name: str, stored: Size, taken: Size) -> 
     if not POSITIONS.search(name) or len(sides) != 1 or len(stored) != len(taken) or not found.patch:
         return hint
     # what the model puts before its grid, which may be more than the fewest tokens that leave a square
-    before = taken[sides[0]] - math.prod(found.grid) if found.grid else 0
+    grid = math.prod(found.grid) if found.grid else (square_grid(taken[sides[0]]) or 0) ** 2
+    before = taken[sides[0]] - grid
     patches = stored[sides[0]] - before
     if not 0 <= before < MAX_PREFIX or patches < 1:
         return hint

@@ -109,6 +109,10 @@ def converted(
             except TypeError:
                 result = convert(dict(checkpoint.tensors))
     except Exception as error:
+        own = model.state_dict()
+        for name, stored in checkpoint.tensors.items():  # most often it resampled what is no square
+            if layouts.POSITIONS.search(name) and name in own and own[name].shape != stored.shape:
+                raise CheckpointError(_misread(checkpoint, arch, name, stored, own[name])) from error
         raise CheckpointError(
             f"{checkpoint.path} does not fit {arch}: timm's converter failed ({type(error).__name__}: {error})"
         ) from error
@@ -117,12 +121,14 @@ def converted(
         if before is None or not isinstance(tensor, Tensor) or before.numel() == tensor.numel():
             continue
         if tensor.untyped_storage().data_ptr() != before.untyped_storage().data_ptr():  # no slice of it: resampled
-            stored, taken = tuple(before.shape), tuple(tensor.shape)
-            raise CheckpointError(
-                f"{checkpoint.path} does not fit {arch}: {name} has shape {stored} in the file and {taken} in the model"
-                f"{layouts.advice(checkpoint.tensors, name, stored, taken)}"
-            )
+            raise CheckpointError(_misread(checkpoint, arch, name, before, tensor))
     return {name: tensor.detach() for name, tensor in result.items() if isinstance(tensor, Tensor)}
+
+
+def _misread(checkpoint: Checkpoint, arch: str, name: str, stored: Tensor, taken: Tensor) -> str:
+    have, want = tuple(stored.shape), tuple(taken.shape)
+    advice = layouts.advice(checkpoint.tensors, name, have, want)
+    return f"{checkpoint.path} does not fit {arch}: {name} has shape {have} in the file and {want} in the model{advice}"
 
 
 def _adapt_channels(model: nn.Module, tensors: dict[str, Tensor], host_kwargs: Mapping[str, Any]) -> None:
