@@ -101,7 +101,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOWER = ("two renames", "a mount that is busy")  # by as much as they do more
+
+
+@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOWER else w for w in WAYS])
 def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     WAYS[way](monkeypatch)
     target = tmp_path / "target"

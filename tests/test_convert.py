@@ -486,7 +486,7 @@ def _kill_at_many_moments(source: Path, target: Path, kills: int) -> None:
     os.close(writer)
 
 
-@pytest.mark.parametrize("what", ["file", "directory"])
+@pytest.mark.parametrize("what", [pytest.param("file", marks=pytest.mark.slow), "directory"])
 def test_a_kill_leaves_the_old_or_the_new(vit: Path, clip: Path, tmp_path: Path, what: str) -> None:
     (tmp_path / "room").mkdir()
     if what == "file":

@@ -158,9 +158,10 @@ def _work(rank: int, port: int, kind: str, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["DistributedDataParallel", "fully_shard"])
 def test_two_processes_train_like_one(kind: str) -> None:
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     port = _port()
     workers = [context.Process(target=_work, args=(rank, port, kind, results)) for rank in range(2)]
@@ -169,7 +170,7 @@ def test_two_processes_train_like_one(kind: str) -> None:
     alone = anypatch.flexible(vit(), (4, 16))
     _train(alone, lambda pixels: pixels)
     for worker in workers:
-        worker.join(60)
+        worker.join(240)
         assert worker.exitcode == 0
     found = results.get()
     for name, parameter in alone.named_parameters():

@@ -258,9 +258,9 @@ def test_view(tmp_path: Path) -> None:
 def test_view_errors(tmp_path: Path) -> None:
     image = write(tmp_path / "a.png", (200, 30, 30), 0)
     (tmp_path / "b.png").write_bytes(b"nothing")
-    for path in (tmp_path / "b.png", tmp_path / "c.png"):
-        with pytest.raises(DataError, match="cannot be read as an image"):
-            view(small(), path, [8])
+    for name, said in (("b.png", "cannot be read as an image"), ("c.png", "does not exist")):
+        with pytest.raises(DataError, match=said):
+            view(small(), tmp_path / name, [8])
     with pytest.raises(GeometryError, match="does not divide"):
         view(small(), image, [5])
     with pytest.raises(AnypatchError, match="ending"):

@@ -200,6 +200,7 @@ def test_what_cannot_be_read_is_like_nothing_else() -> None:
     assert fingerprint(model) != fingerprint(model)
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

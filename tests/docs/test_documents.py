@@ -22,22 +22,10 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        # the README is for every run; the others for the slow ones
-        pytest.param(p, marks=() if p.name == "README.md" else pytest.mark.slow, id=str(p.relative_to(ROOT)))
-        for p in DOCUMENTS
-    ],
-)
-def test_document_runs(document: Path) -> None:
-    fast = ["--fast"] if document.name == "README.md" else []
-    _run(document, *fast)
-
-
 @pytest.mark.slow
-def test_the_whole_readme_runs() -> None:
-    _run(ROOT / "README.md")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_document_runs(document: Path) -> None:
+    _run(document)
 
 
 def _run(document: Path, *options: str) -> None:
@@ -80,6 +68,7 @@ def test_what_is_wrong_in_a_document_is_an_error(text: str, tmp_path: Path) -> N
         blocks(tmp_path / "x.md")
 
 
+@pytest.mark.slow
 def test_a_document_that_fails_is_found(tmp_path: Path) -> None:
     document = tmp_path / "x.md"
     document.write_text(

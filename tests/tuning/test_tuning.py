@@ -286,6 +286,7 @@ def test_mixed_precision(photos: Path) -> None:
 # -- rate, time, resuming ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_rate_is_found_and_minutes_become_steps(photos: Path) -> None:
     model = vit()
     result = anypatch.tune(model, images=photos, patch_size=8, minutes=0.08, **OPTIONS)
@@ -349,6 +350,7 @@ def _work(rank: int, port: int, photos: Path, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -41,7 +41,7 @@ def tell(plan: Plan) -> None:
     root = plan.subject.wrapper if plan.subject.wrapper is not None else plan.subject.model
     for module in root.modules():
         names = [name for name, parameter in module._parameters.items() if id(parameter) in exchanged]
-        names += [name for name in module._buffers if (id(module), name) in buffers]
+        names += [name for name, _ in module._buffers.items() if (id(module), name) in buffers]
         with _LOCK:
             shells = list(_SHELLS.get(module, ())) if names else []
         for shell in shells:
