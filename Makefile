@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-slow fuzz lint bench docs site peers coverage-table dist clean
+.PHONY: demo test test-slow test-long fuzz lint bench docs site peers coverage-table dist clean
 
 demo: $(READY)
 	$(BIN)/anypatch demo
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m long
 
 fuzz: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) -m fuzz

@@ -403,7 +403,7 @@ def test_threads(tmp_path) -> None:
     _under_load(2, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_threads_a_thousand_rounds(tmp_path) -> None:
     _under_load(125, tmp_path)  # by eight
 

@@ -112,7 +112,7 @@ def test_square_patches_of_an_unknown_type_are_found_by_a_run() -> None:
     anypatch.adapt(future(ViTModel, ViTConfig, {}), (4, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_measured_file_is_what_a_fresh_run_gives() -> None:
     from coverage_table import measure
     from families.transformers import families, variants

@@ -219,7 +219,7 @@ def _classes() -> list[str]:
     return sorted({kind for kinds in NAMES.values() for kind in kinds.values() if kind})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", _classes())
 def test_every_processor_class_agrees(tmp_path: Path, name: str) -> None:
     """Every image processor that can be built without a network, beside the same model."""

@@ -435,13 +435,13 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, host: str) -> None:
     assert _kills(HOSTS[host], tmp_path / "out", 13) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("host", HOSTS)
 def test_kills_before_every_access_to_the_disk(tmp_path: Path, host: str) -> None:
     assert _kills(HOSTS[host], tmp_path / "out", 1) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("host", HOSTS)
 def test_two_hundred_kills_at_any_moment(tmp_path: Path, host: str) -> None:
     make, target = HOSTS[host], tmp_path / "out"

@@ -123,7 +123,7 @@ def test_every_host_is_in_the_quick_list() -> None:
     assert len(QUICK) == sum(map(len, FAST.values()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("keep", ["image", "grid"])
 @pytest.mark.parametrize("family", ALL, ids=names)
 def test_view_equals_adapted_copy_in_every_family(family: Family, keep: str) -> None:
