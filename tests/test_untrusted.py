@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import pickle
@@ -229,6 +230,132 @@ def test_odd_texts(tmp_path: Path, text: str, match: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(CheckpointError, match=match):
         read_config(tmp_path / "config.json")
+
+
+# -- configurations that ask for more than their weights ----------------------------------------------------------
+
+
+def _wide_timm(folder: Path, **arguments: Any) -> None:
+    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _wide_transformers(folder: Path, **fields: Any) -> None:
+    pytest.importorskip("transformers")
+    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"], **fields}))
+
+
+def _wide_clip(folder: Path, **text: Any) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
+    cfg = {**CLIP, "text_cfg": {**CLIP["text_cfg"], **text}}  # type: ignore[dict-item]
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
+
+
+def _wide_torchvision(folder: Path, **arguments: Any) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    anypatch.save(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3), folder)
+    config = json.loads((folder / "torchvision.json").read_text())
+    config["arguments"].update(arguments)
+    (folder / "torchvision.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("write", "fields"),
+    [
+        (_wide_timm, {"embed_dim": 3 * 10**6, "depth": 2}),
+        (_wide_timm, {"embed_dim": 402, "depth": 9_000}),  # of tensors below a megabyte each
+        (_wide_timm, {"num_classes": 10**8}),
+        (_wide_timm, {"img_size": 10**5, "patch_size": 8}),  # a table of positions
+        (_wide_timm, {"patch_size": 5 * 10**4, "img_size": 5 * 10**4}),
+        (_wide_transformers, {"hidden_size": 120_000, "intermediate_size": 1_000_000, "num_hidden_layers": 1}),
+        (_wide_transformers, {"image_size": 10**6}),
+        (_wide_transformers, {"intermediate_size": 10**6, "num_hidden_layers": 100}),
+        (_wide_clip, {"vocab_size": 1_000_000, "width": 64_000}),
+        (_wide_clip, {"context_length": 10**9}),
+        (_wide_torchvision, {"num_classes": 10**9}),
+        (_wide_torchvision, {"mlp_dim": 10**8}),
+    ],
+)
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_configuration_far_larger_than_its_weights(
+    tmp_path: Path, write: Callable[..., None], fields: dict[str, Any], pretrained: bool
+) -> None:
+    write(tmp_path, **fields)
+    with _peak() as peak, pytest.raises(CheckpointError, match=r"takes [\d.]+ GB or more.* have \d+ bytes"):  # noqa: SIM117
+        with anypatch.memory_limit(256 << 20):
+            anypatch.load(tmp_path, **({} if pretrained else {"pretrained": False}))
+    assert peak() < 1 << 30  # what is allowed and some imports, not what the configuration asks for
+
+
+@contextlib.contextmanager
+def _peak() -> Iterator[Callable[[], int]]:
+    """Bytes of memory that a block takes at most, looked at every now and then."""
+    import psutil
+
+    process, most = psutil.Process(), [0]
+    before = process.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most.append(process.memory_info().rss - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: max(most)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_model_may_be_larger_than_the_limit_where_its_weights_are(tmp_path: Path) -> None:
+    """Sharded, in half precision and with a head that the file does not have."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=2, num_labels=4)
+    transformers.ViTModel(config).bfloat16().save_pretrained(tmp_path, max_shard_size="1MB")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["architectures"] = ["ViTForImageClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with anypatch.memory_limit(0):
+        loaded = anypatch.load(tmp_path, dtype=torch.float32)
+    assert anypatch.adapt(loaded, 16).config.patch_size == 16
+    timm_folder = tmp_path / "timm"
+    model = timm.create_model("vit_tiny_patch16_224", depth=2).half()
+    anypatch.save(model, timm_folder)
+    with anypatch.memory_limit(0):
+        loaded = anypatch.load(timm_folder)
+    assert anypatch.adapt(loaded, 32).patch_embed.patch_size == (32, 32)
+    (timm_folder / "model.safetensors").unlink()
+    with anypatch.memory_limit(0), pytest.raises(CheckpointError, match=r"memory_limit\(BYTES\)"):
+        anypatch.load(timm_folder, pretrained=False)
+    anypatch.load(timm_folder, pretrained=False)
+
+
+@pytest.mark.parametrize("prefix", ["timm:hf-hub:", "transformers:", "open_clip:hf-hub:"])
+def test_a_configuration_in_the_hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefix: str) -> None:
+    """A repository, as a cache holds it: the same bound as for a directory."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--some--wide" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "models--some--wide" / "refs").mkdir()
+    (cache / "models--some--wide" / "refs" / "main").write_text("a" * 40)
+    write, fields = {
+        "timm:hf-hub:": (_wide_timm, {"embed_dim": 3 * 10**5}),
+        "transformers:": (_wide_transformers, {"hidden_size": 120_000, "num_hidden_layers": 1}),
+        "open_clip:hf-hub:": (_wide_clip, {"vocab_size": 1_000_000, "width": 64_000}),
+    }[prefix]
+    write(snapshot, **fields)
+    (snapshot / "more.bin").write_bytes(bytes(2 << 20))  # of some size
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
+    with pytest.raises(CheckpointError, match=r"takes [\d.]+ GB or more.* have \d+ bytes"):
+        anypatch.load(f"{prefix}some/wide")
 
 
 # -- devices, pipes and threads ----------------------------------------------------------------------------------

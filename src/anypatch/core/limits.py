@@ -83,6 +83,7 @@ class Bounded(TorchFunctionMode):
         super().__init__()
         self.bound, self.tensors = limit(), 0
         self._live: list[tuple[StorageWeakRef, int]] = []
+        self._small = 0
 
     def __enter__(self) -> Any:
         self._token = _active.set(self)
@@ -102,13 +103,23 @@ class Bounded(TorchFunctionMode):
             self.tensors += 1
             if self.tensors > MAX_TENSORS:
                 raise LimitError(f"the model would have more than {MAX_TENSORS} tensors, which no model has")
-        matters = (made and name not in DEFERRED) or name in GROWING or self._multiplies(args, kwargs)
-        if matters and not _on_meta(args, kwargs):
+        if self._matters(name, made, args, kwargs):
             self._require(_bytes(func, args, kwargs, made))
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and not result.is_meta and result.numel() * result.itemsize > COUNTED:
-            self._live.append((StorageWeakRef(result.untyped_storage()), result.untyped_storage().nbytes()))
+        if isinstance(result, Tensor) and not result.is_meta:
+            if result.numel() * result.itemsize > COUNTED:
+                self._live.append((StorageWeakRef(result.untyped_storage()), result.untyped_storage().nbytes()))
+            elif made:
+                self._add_small(result.numel() * result.itemsize)
         return result
+
+    def _matters(self, name: str, made: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call could take memory that counts."""
+        grows = (made and name not in DEFERRED) or name in GROWING or self._multiplies(args, kwargs)
+        return grows and not _on_meta(args, kwargs)
+
+    def _add_small(self, size: int) -> None:
+        """Of a tensor too small to be looked at by itself."""
 
     def _multiplies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether inputs could broadcast, or be copied, to what matters."""
@@ -122,13 +133,52 @@ class Bounded(TorchFunctionMode):
         self._live = [(ref, count) for ref, count in self._live if not ref.expired()]
         for ref, count in self._live:
             living[ref.cdata] = count
-        total = size + sum(living.values())
+        total = size + sum(living.values()) + self._small
         if total >= self.bound:
-            raise LimitError(
-                f"the model's buffers would take {total / 1e9:.1f} GB or more at this size, and "
-                f"{self.bound / 1e9:.1f} GB are allowed: choose a smaller image or a larger patch, or allow more with "
-                f"anypatch.memory_limit(BYTES) or {VARIABLE}"
-            )
+            raise LimitError(f"{self._says(total)}, or allow more with anypatch.memory_limit(BYTES) or {VARIABLE}")
+
+    def _says(self, total: int) -> str:
+        return (
+            f"the model's buffers would take {total / 1e9:.1f} GB or more at this size, and "
+            f"{self.bound / 1e9:.1f} GB are allowed: choose a smaller image or a larger patch"
+        )
+
+
+class Loading(Bounded):
+    """As :class:`Bounded`, for a model that a library builds in memory on the word of a configuration.
+
+    Parameters count here, too, and small tensors by their sum: a model may have very many.
+
+    Args:
+        held: bytes of the weights that the configuration comes with.
+    """
+
+    # Bytes in memory for one of a file: 32 bits for each of 4, which is how a quantised layer may be unpacked, twice
+    # over, as while a library copies from one model to another.
+    UNPACKED = 16
+
+    def __init__(self, held: int) -> None:
+        super().__init__()
+        self.held = held
+        self.bound += self.UNPACKED * held
+        self._looked = 0
+
+    def _matters(self, name: str, made: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kwargs.get("device") is not None:  # also of what is like a tensor that has no memory
+            return str(kwargs["device"]) != "meta"
+        return made or super()._matters(name, made, args, kwargs)
+
+    def _add_small(self, size: int) -> None:
+        self._small += size
+        if self._small > self._looked:
+            self._looked = self._small + 64 * COUNTED
+            self._require(COUNTED + 1)
+
+    def _says(self, total: int) -> str:
+        return (
+            f"its configuration describes a model that takes {total / 1e9:.1f} GB or more, and the files that it comes "
+            f"with have {self.held} bytes: take the configuration that belongs to the weights"
+        )
 
 
 _active: contextvars.ContextVar[Bounded | None] = contextvars.ContextVar("anypatch_bounded", default=None)

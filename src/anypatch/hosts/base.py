@@ -9,7 +9,7 @@ part       verbs                                         used by
 Model      ``recognises``, ``subject``, ``example``      ``adapt``, ``check``, ``inspect``, ``at``; required
 Files      ``load``, ``build``, ``names``, ``save``,     ``load``, ``save``, ``convert``
            ``names_folder``, ``candidates``, ``fit``,
-           ``open_folder``
+           ``open_folder``, ``repository``
 Images     ``preprocess``, ``features``, ``classes``,    ``sweep``, ``view``, ``tune``
            ``tokenize``
 =========  ============================================  ==========================================================
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from anypatch.hosts.images import Classes, Encode, Features, Preprocess
 
 # Which room of a host's folder a verb is in; ``model.py`` where there is no such room.
+FILES = ("load", "build", "names", "save", "names_folder", "candidates", "fit", "open_folder", "repository")
 ROOMS = {
     "example": "feeding",
-    **dict.fromkeys(("load", "build", "names", "save", "names_folder", "candidates", "fit", "open_folder"), "files"),
+    **dict.fromkeys(FILES, "files"),
     **dict.fromkeys(("preprocess", "features", "classes", "tokenize"), "images"),
 }
 MODEL = "model"
@@ -115,6 +116,11 @@ class Host:
     def names_folder(self, path: Path) -> str | None:
         """The name that ``load`` takes for a directory in this library's format; ``None`` for any other."""
         return self._verb("names_folder")(path) if self.has("names_folder") else None
+
+    def repository(self, name: str) -> tuple[str, str] | None:
+        """The repository on the hub that a name is of, and the file in it that describes the model; of no name that
+        the library itself knows, whose description is its own."""
+        return self._verb("repository")(name) if self.has("repository") else None
 
     def candidates(self, checkpoint: Any) -> Iterable[str]:
         """The library's architectures, without the prefix, that hold exactly a file's tensors, the likeliest first."""

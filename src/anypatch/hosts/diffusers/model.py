@@ -158,6 +158,11 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 
 
+def repository(name: str) -> tuple[str, str] | None:
+    """Every name is one on the hub."""
+    return name, "config.json"
+
+
 def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write what ``from_pretrained`` reads."""
     live: Any = model

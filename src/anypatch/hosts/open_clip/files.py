@@ -37,7 +37,7 @@ from anypatch.hosts.open_clip.safety import CONFIG, HUB, require_no_code, requir
 from anypatch.hosts.opened import Opened, changed_tensors, dump
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
 
-__all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "save"]
+__all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "repository", "save"]
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -150,6 +150,11 @@ def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dic
             cfg["vision_cfg"]["timm_model_name"] = f"{LOCAL}{tower.resolve()}"
             host_kwargs.setdefault("vision_cfg", cfg["vision_cfg"])
     return identifier, pretrained, cfg
+
+
+def repository(name: str) -> tuple[str, str] | None:
+    """Of ``hf-hub:``; what open_clip itself lists it describes itself."""
+    return (name[len(HUB) :].partition("@")[0], CONFIG) if name.startswith(HUB) else None
 
 
 def save(model: nn.Module, directory: Path, final: Path, name: str | None = None, **extras: Any) -> None:

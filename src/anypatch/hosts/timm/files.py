@@ -25,7 +25,7 @@ from anypatch.hosts.timm.private import core_of, recorded, with_classes, write_c
 from anypatch.hosts.timm.safety import LOCAL, checked_folder
 from anypatch.hosts.timm.stems import NAME, stem_of, title_of
 
-__all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "save"]
+__all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "repository", "save"]
 
 
 def names_folder(path: Path) -> str | None:
@@ -111,6 +111,12 @@ def _require_known(name: str) -> None:
         checked_folder(Path(name.partition(":")[2]))
     elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown(NAME, name, names())
+
+
+def repository(name: str) -> tuple[str, str] | None:
+    """Of ``hf-hub:``; what timm itself lists it describes itself."""
+    prefix, colon, rest = name.partition(":")
+    return (rest.partition("@")[0], "config.json") if colon and prefix in ("hf-hub", "hf_hub") else None
 
 
 def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:

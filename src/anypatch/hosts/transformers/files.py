@@ -24,7 +24,7 @@ from anypatch.hosts.transformers.model import make, subject
 from anypatch.hosts.transformers.opening import open_folder
 from anypatch.hosts.transformers.safety import require_safe
 
-__all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "save"]
+__all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
 
 NAME = "transformers"
 
@@ -117,6 +117,11 @@ def _saved_class(config: Any) -> Any:
 
 
 HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder", "force_download")
+
+
+def repository(name: str) -> tuple[str, str] | None:
+    """Every name is one on the hub."""
+    return name, "config.json"
 
 
 def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:

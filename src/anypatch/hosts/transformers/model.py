@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.limits import LimitError
 from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
@@ -307,7 +308,7 @@ def build_unchecked(vision: Vision, geometry: Geometry, current: Geometry) -> nn
             pass
     try:
         return make(type(model), config)
-    except RuntimeError:  # a constructor that reads its parameters: built for real by the caller
+    except (RuntimeError, LimitError):  # a constructor that reads its parameters: built for real by the caller
         raise
     except Exception as error:
         raise _cannot_build(model, geometry, current, error) from error
