@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-for folder in ("benchmarks", "tools"):
+for folder in ("benchmarks", "tools", "tests"):
     sys.path.insert(0, str(Path(__file__).parent.parent / folder))
 warnings.filterwarnings("ignore", category=UserWarning)
 

@@ -154,7 +154,7 @@ def test_archive(archive: Path, place: Path) -> None:
     (folder,) = place.iterdir()
     source = {**os.environ, "PYTHONPATH": str(folder / "src"), "HF_HUB_OFFLINE": "1"}
     pytest = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", ""]
-    for arguments in (["--collect-only", "-qq"], ["tests/cli/test_nearest.py", "tests/test_geometry.py"]):
+    for arguments in (["--collect-only", "-qq"], ["tests/cli/test_nearest.py", "tests/core/test_geometry.py"]):
         print("+ pytest", *arguments, flush=True)
         quiet = {"stdout": subprocess.DEVNULL} if "--collect-only" in arguments else {}
         subprocess.run([*pytest, *arguments], check=True, cwd=folder, env=source, **quiet)  # type: ignore[call-overload]

@@ -282,7 +282,7 @@ def test_json(anypatch: Anypatch, tmp_path: Path) -> None:
 
 
 def test_sweep_and_view_take_the_nearest_size_and_print_lines(anypatch: Anypatch, tmp_path: Path) -> None:
-    from pictures import image_folder
+    from builders import image_folder
 
     folder = image_folder(tmp_path / "photos", 2)
     common = ["--patch-size", "16,33", "--image-size", "nearest"]

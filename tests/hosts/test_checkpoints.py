@@ -22,6 +22,7 @@ from anypatch.files import layouts
 from anypatch.files.reading import read
 from anypatch.hosts.checkpoints import infer, load_file
 from anypatch.hosts.timm.inference import same_function
+from builders import CLIP, openai
 
 TINY = "timm:vit_tiny_patch16_224"
 # img_size other than the architecture's own, so that reading the native geometry is put to the test
@@ -123,31 +124,6 @@ def test_dtype_is_kept(tiny: nn.Module, tmp_path: Path, dtype: torch.dtype) -> N
 # -- layouts of other origins ------------------------------------------------------------------------------
 
 
-def _openai(state: dict[str, Tensor], prefix: str = "visual.") -> dict[str, Tensor]:
-    """A timm CLIP tower under OpenAI's names."""
-    swaps = (
-        ("patch_embed.proj", "conv1"), ("pos_embed", "positional_embedding"), ("norm_pre", "ln_pre"),
-        ("attn.qkv.", "attn.in_proj_"), ("attn.proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("norm1", "ln_1"),
-        ("mlp.fc2", "mlp.c_proj"), ("norm2", "ln_2"), ("blocks.", "transformer.resblocks."),
-    )  # fmt: skip
-    result = {}
-    for name, tensor in state.items():
-        if name == "head.bias":
-            continue
-        if name == "cls_token":
-            name, tensor = "class_embedding", tensor[0, 0]
-        elif name == "head.weight":
-            name, tensor = "proj", tensor.T.contiguous()
-        elif name == "pos_embed":
-            tensor = tensor[0]
-        for ours, theirs in swaps:
-            name = name.replace(ours, theirs)
-        if name.startswith("norm."):
-            name = name.replace("norm.", "ln_post.")
-        result[prefix + name] = tensor.contiguous()
-    return result
-
-
 @pytest.fixture(scope="module")
 def clip_tower() -> nn.Module:
     model = timm.create_model("vit_base_patch16_clip_224", num_classes=5, embed_dim=32, num_heads=2, **SIZES)
@@ -163,7 +139,7 @@ def test_clip_files_into_timm(clip_tower: nn.Module, tmp_path: Path, how: str) -
         state = {f"visual.trunk.{k}": v for k, v in clip_tower.state_dict().items() if "head" not in k}
         state["visual.head.proj.weight"] = clip_tower.state_dict()["head.weight"]
     else:
-        state = _openai(clip_tower.state_dict(), how)
+        state = openai(clip_tower.state_dict(), how)
     prefix = "module." if how.startswith("module") else ""
     state |= {f"{prefix}logit_scale": torch.tensor(1.0), f"{prefix}ln_final.weight": torch.ones(8)}
     path = tmp_path / "x.pt"
@@ -172,13 +148,6 @@ def test_clip_files_into_timm(clip_tower: nn.Module, tmp_path: Path, how: str) -
     assert anypatch.geometry(model).patch_size == (8, 8)
     assert anypatch.geometry(model).image_size == (64, 64)
     _same(model, clip_tower)
-
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
-    "text_cfg": {"context_length": 8, "vocab_size": 30, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from anypatch.hosts.images import Preprocess
 from anypatch.measure.decoding import decode
 from anypatch.measure.opening import unlabelled
 from anypatch.measure.view import view
-from pictures import picture
+from builders import picture
 
 RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64).round().astype(np.uint16)
 # Computed by hand: the level nearest to value * 255 / 65535.

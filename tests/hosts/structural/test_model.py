@@ -408,7 +408,7 @@ def tiny(pretrained=True, **kwargs):
 
 
 def test_load_from_a_local_hub_repository(tmp_path):
-    (tmp_path / "hubconf.py").write_text(HUBCONF.format(tests=str(Path(__file__).parent)))
+    (tmp_path / "hubconf.py").write_text(HUBCONF.format(tests=str(Path(__file__).parents[2])))
     model = anypatch.load(f"hub:{tmp_path}:tiny", 16, keep="grid", registers=1)
     got = anypatch.geometry(model)
     assert (got.patch_size, got.image_size, got.grid) == ((16, 16), (64, 64), (4, 4))
@@ -444,4 +444,4 @@ def test_saved_model_loads_without_anypatch(tmp_path):
     assert (record["patch_size"], record["image_size"], record["prefix_tokens"]) == ([16, 16], [80, 80], 1)
     x = torch.randn(1, 3, 80, 80)
     torch.save((x, model(x).detach()), tmp_path / "io.pt")
-    subprocess.run([sys.executable, "-c", LOADER, str(tmp_path), str(Path(__file__).parent)], check=True)
+    subprocess.run([sys.executable, "-c", LOADER, str(tmp_path), str(Path(__file__).parents[2])], check=True)

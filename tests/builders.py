@@ -1,4 +1,4 @@
-"""Small labelled pictures for tests: squares of a class's own colour on noise."""
+"""What tests of several rooms build: pictures with squares of a class's own colour, CLIP under other names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 COLOURS = {"blue": (40, 60, 230), "green": (40, 200, 60), "red": (220, 40, 40)}
 
@@ -44,3 +45,35 @@ def split_folder(root: Path, train: int = 8, test: int = 4, classes: tuple[str, 
             colour = COLOURS.get(name, (90 * number, 30, 200))
             write(root / "val" / name / f"{index}.png", colour, 5000 + 100 * number + index)
     return root
+
+
+def openai(state: dict[str, Tensor], prefix: str = "visual.") -> dict[str, Tensor]:
+    """A timm CLIP tower under OpenAI's names."""
+    swaps = (
+        ("patch_embed.proj", "conv1"), ("pos_embed", "positional_embedding"), ("norm_pre", "ln_pre"),
+        ("attn.qkv.", "attn.in_proj_"), ("attn.proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("norm1", "ln_1"),
+        ("mlp.fc2", "mlp.c_proj"), ("norm2", "ln_2"), ("blocks.", "transformer.resblocks."),
+    )  # fmt: skip
+    result = {}
+    for name, tensor in state.items():
+        if name == "head.bias":
+            continue
+        if name == "cls_token":
+            name, tensor = "class_embedding", tensor[0, 0]
+        elif name == "head.weight":
+            name, tensor = "proj", tensor.T.contiguous()
+        elif name == "pos_embed":
+            tensor = tensor[0]
+        for ours, theirs in swaps:
+            name = name.replace(ours, theirs)
+        if name.startswith("norm."):
+            name = name.replace("norm.", "ln_post.")
+        result[prefix + name] = tensor.contiguous()
+    return result
+
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
+    "text_cfg": {"context_length": 8, "vocab_size": 30, "width": 32, "heads": 2, "layers": 1},
+}

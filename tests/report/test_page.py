@@ -21,7 +21,7 @@ from anypatch.measure.view import save_view, view
 from anypatch.report import svg as html
 from anypatch.report.measurements import Sample
 from browser import Page, find_browser
-from pictures import picture, write
+from builders import picture, write
 
 NAUGHTY = "<script>alert(1)<img src=x onerror=alert(2)>\" ' & ü.png"
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")

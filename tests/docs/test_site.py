@@ -20,7 +20,7 @@ import pytest
 import anypatch
 from browser import Page, find_browser
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Errors are documented as one module; the version is a string.
 TOGETHER = {"AnypatchError", "CheckpointError", "DataError", "GeometryError", "UnsupportedModelError", "__version__"}

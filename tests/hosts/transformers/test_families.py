@@ -8,7 +8,7 @@ import anypatch
 from anypatch import GeometryError, UnsupportedModelError
 from anypatch.proof import check
 from families.transformers import families
-from test_transformers import assert_as_built, assert_follows, doubled, made
+from tests.hosts.transformers.test_model import assert_as_built, assert_follows, doubled, made
 
 pytestmark = pytest.mark.slow
 

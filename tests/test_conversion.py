@@ -115,7 +115,7 @@ def test_other_layouts_keep_their_names(tmp_path: Path) -> None:
 def test_openai_names(tmp_path: Path) -> None:
     """A table without a batch axis in the file, with one in timm."""
     tower = timm.create_model("vit_xsmall_patch16_clip_224", img_size=64, num_classes=8)
-    from test_checkpoint import _openai
+    from builders import openai as _openai
 
     state = {k: v.contiguous() for k, v in _openai({k: v.half() for k, v in tower.state_dict().items()}).items()}
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
@@ -250,7 +250,7 @@ def test_timm_directory(tmp_path: Path, recorded: bool) -> None:
 
 def test_open_clip_directory(tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip")
-    from test_checkpoint import CLIP
+    from builders import CLIP
 
     model = open_clip.CLIP(**CLIP)
     source = tmp_path / "a"

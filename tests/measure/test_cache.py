@@ -25,7 +25,7 @@ from anypatch.measure import cost
 from anypatch.measure.cache import Cache, Expected
 from anypatch.measure.extraction import Extractor
 from anypatch.measure.fingerprint import fingerprint, surroundings
-from pictures import write
+from builders import write
 
 
 def vit(**options) -> nn.Module:

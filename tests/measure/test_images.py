@@ -19,7 +19,7 @@ from anypatch.measure.class_names import read_class_names
 from anypatch.measure.decoding import decode, unreadable
 from anypatch.measure.opening import labelled, unlabelled
 from anypatch.measure.preprocess import preprocess_of
-from pictures import COLOURS, image_folder, picture, split_folder, write
+from builders import COLOURS, image_folder, picture, split_folder, write
 
 
 def counts(images) -> dict[str, int]:

