@@ -1,0 +1,176 @@
+"""Tune the real DINOv2 ViT-S/14 for larger patches, and measure what is won back on photographs held out.
+
+    python benchmarks/tune.py 28 16 32 8,14,16,28,32,56 [--steps 900] [--host transformers]
+    python benchmarks/tune.py                # makes docs/tuning.md again from the rows that are there
+
+Each row is stored in `docs/tuning/` when it is done, and kept: delete its file to measure it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+import anypatch
+import dinov2
+import fidelity
+import photographs
+from anypatch.measure.accuracy import knn_accuracy
+from anypatch.report.colours import shared_colours
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS, PAGE, FIGURE = ROOT / "docs/tuning", ROOT / "docs/tuning.md", ROOT / "docs/figures/tuning.png"
+TRAIN = dinov2.CACHE / "tune" / "train"
+IMAGE = 224
+KEPT = 640  # pixels of a wallpaper's shorter side: crops of a fifth of its area are not enlarged
+SHOWN = "chelsea.png"
+HOSTS = {"timm": dinov2.timm_model, "transformers": dinov2.transformers_model}
+Figures = dict[str, float]
+
+
+def training() -> Path:
+    """The folder that is learned from: wallpapers, and the training half of the stamps pasted on crops of them."""
+    if not TRAIN.exists():
+        partial = TRAIN.with_name("partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        paths = photographs.backgrounds()
+        for number, path in enumerate(paths):
+            with Image.open(path) as image:
+                image.draft("RGB", (KEPT, KEPT))
+                whole = image.convert("RGB")
+            share = KEPT / min(whole.size)
+            whole.resize((round(whole.width * share), round(whole.height * share)), reducing_gap=2.0).save(
+                partial / f"wallpaper-{number:03d}.jpg", quality=95
+            )
+        members = photographs.stamps(half=0)
+        for number, scene in enumerate(photographs.scenes(members, 2 * IMAGE, paths, seed=1)[0]):
+            Image.fromarray(scene).save(partial / f"scene-{number:03d}.jpg", quality=95)
+        partial.rename(TRAIN)
+    return TRAIN
+
+
+def native(host: str) -> torch.nn.Module:
+    return anypatch.adapt(HOSTS[host](), image_size=IMAGE)
+
+
+def measured(model: torch.nn.Module, reference: torch.Tensor, pixels: torch.Tensor) -> Figures:
+    """Cosines to the native features on the held-out crops, and what the test half of the stamps says."""
+    found = dinov2.features(model, pixels)
+    classes, patches = fidelity.loss(found, reference)
+    return {"class": 1 - float(classes.mean()), "patch": 1 - float(patches.mean()), **stamps(model)}
+
+
+def stamps(model: torch.nn.Module) -> Figures:
+    """k-NN accuracy (a stamp never its own neighbour) and the mask's intersection over union, on light backgrounds.
+
+    The mask is a logistic regression's on patch features: fitted to every other stamp, enlarged to pixels, tested on
+    the others.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    images, masks, labels = photographs.scenes(photographs.stamps(half=1), IMAGE)
+    tokens = dinov2.features(model, dinov2.pixels(images, IMAGE))
+    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    truth = [number[label] for label in labels]
+    pooled, every = tokens[:, 0].numpy(), np.arange(len(truth))
+    right = [
+        knn_accuracy(pooled[every != i], [t for j, t in enumerate(truth) if j != i], pooled[i : i + 1], [truth[i]])[0]
+        for i in every
+    ]
+    exact = torch.from_numpy(np.stack(masks)).float()
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    covered = functional.adaptive_avg_pool2d(exact[:, None], side).flatten(1) > 0.5
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+    probe.fit(tokens[::2, 1:].flatten(0, 1).numpy(), covered[::2].flatten().numpy())
+    said = torch.from_numpy(probe.decision_function(tokens[1::2, 1:].flatten(0, 1).numpy())).view(-1, 1, side, side)
+    drawn = functional.interpolate(said, (IMAGE, IMAGE), mode="bilinear")[:, 0] > 0
+    both, either = (drawn & (exact[1::2] > 0)).sum((1, 2)), (drawn | (exact[1::2] > 0)).sum((1, 2))
+    return {"accuracy": float(np.mean(right)), "mask": float((both / either).mean())}
+
+
+def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[str, Any]:
+    """Tune for the patch sizes, and measure each before and after beside the native model."""
+    crops = dinov2.crops(fidelity.test_photographs()[0], 2, seed=7)
+    pixels, teacher = dinov2.pixels(crops, IMAGE), native(host)
+    reference = dinov2.features(teacher, pixels)
+    found: dict[str, Any] = {"patches": patches, "host": host, "crops": len(crops)}
+    found["native"] = measured(teacher, reference, pixels)
+    found["before"] = {p: measured(anypatch.adapt(native(host), p, IMAGE), reference, pixels) for p in patches}
+    tuned, began = native(host), time.monotonic()
+    several = len(patches) > 1
+    result = anypatch.tune(
+        tuned, images=training(), patch_size=patches if several else patches[0], image_size=IMAGE, steps=steps,
+        learning_rate=rate, num_workers=0, device="cpu",
+    )  # fmt: skip
+    found |= {"seconds": time.monotonic() - began, "settings": result.settings, "curve": result.curve}
+    faces = {p: anypatch.at(tuned, p, IMAGE) if several else tuned for p in patches}
+    found["after"] = {p: measured(face, reference, pixels) for p, face in faces.items()}
+    if patches == [28]:
+        picture(teacher, anypatch.adapt(native(host), 28, IMAGE), tuned)
+    return found
+
+
+def picture(*models: torch.nn.Module) -> None:
+    """One photograph, and its features at patch 14, 28 untouched and 28 tuned, in common colours."""
+    (crop,) = dinov2.crops([dinov2.photograph(SHOWN)], 1, seed=7)
+    pixels = dinov2.pixels([crop], IMAGE)
+    tokens = [dinov2.features(model, pixels)[0, 1:] for model in models]
+    maps = [[t.unflatten(0, (round(len(t) ** 0.5), -1))] for t in tokens]
+    panels = [Image.fromarray(crop).resize((IMAGE, IMAGE))]
+    panels += [Image.fromarray(p).resize((IMAGE, IMAGE), Image.Resampling.NEAREST) for (p,) in shared_colours(maps)]
+    canvas = Image.new("RGB", (len(panels) * (IMAGE + 8) - 8, IMAGE), "white")
+    for place, panel in enumerate(panels):
+        canvas.paste(panel, (place * (IMAGE + 8), 0))
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    canvas.quantize(128).save(FIGURE, optimize=True)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/tuning.md: its text from `benchmarks/tuning_notes.md`, its table from the rows."""
+    lines = [
+        "| tuned for | library | steps | minutes | patch | | class | patch map | k-NN accuracy | mask IoU |",
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for found in rows:
+        head = f"| {', '.join(map(str, found['patches']))} | {found['host']} | {found['settings']['steps']} "
+        head += f"| {found['seconds'] / 60:.1f} "
+        for patch in map(str, found["patches"]):
+            for name, figures in (("untouched", found["before"][patch]), ("tuned", found["after"][patch])):
+                lines.append(f"{head}| {patch} | {name} | {_cells(figures)} |")
+        lines.append(f"{head}| 14 | native | {_cells(found['native'])} |")
+    notes = (Path(__file__).with_name("tuning_notes.md")).read_text()
+    return notes.replace("TABLE", "\n".join(lines))
+
+
+def _cells(figures: Figures) -> str:
+    return " | ".join(f"{figures[name]:.3f}" for name in ("class", "patch", "accuracy", "mask"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patches", nargs="*", help="a patch size, or several with commas for one set of weights")
+    parser.add_argument("--steps", type=int, default=260)
+    parser.add_argument("--host", choices=HOSTS, default="timm")
+    parser.add_argument("--learning-rate", type=float, help="found by the range test if not given")
+    given = parser.parse_args()
+    ROWS.mkdir(parents=True, exist_ok=True)
+    for text in given.patches:
+        target = ROWS / f"{given.host}-{text.replace(',', '-')}.json"
+        if not target.exists():
+            found = row([int(p) for p in text.split(",")], given.host, given.steps, given.learning_rate or "auto")
+            target.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(page([json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()
