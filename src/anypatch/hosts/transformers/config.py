@@ -20,6 +20,7 @@ TIME = ("tubelet_size", "temporal_patch_size", "patch_temporal")
 IMAGE = ("image_size", "img_size", "crop_size", "input_size")
 FRAMES = ("num_frames", "frames_per_clip")
 TABLE = ("pretrain_image_size", "max_image_size", "max_img_size")
+SHUFFLE = "encoder_stride"  # pixels per side that a decoder draws of each of its tokens
 FLAT = "patch_embed_hidden_size"  # values of a flattened square patch, of models that name no patch size
 STRIDE = "frequency_stride"  # only spectrograms' configurations have it
 
@@ -188,9 +189,9 @@ def _write_sizes(config: Any, geometry: Geometry, current: Geometry) -> None:
     for name in ("patch_dim", "video_patch_dim", FLAT):  # values of a flattened patch
         if isinstance(vars(config).get(name), int):
             setattr(config, name, getattr(config, name) // math.prod(old_patch) * math.prod(patch))
-    stride = getattr(config, "encoder_stride", None)
-    if isinstance(stride, int) and patch[-1] == patch[-2]:
-        config.encoder_stride = stride * patch[-1] // old_patch[-1]
+    stride = getattr(config, SHUFFLE, None)
+    if isinstance(stride, int) and patch[-2] * old_patch[-1] == patch[-1] * old_patch[-2]:
+        setattr(config, SHUFFLE, stride * patch[-1] // old_patch[-1])
     field = first_of(config, IMAGE)
     if field is not None and image is not None and old_image is not None and old_image == current.image_size:
         put(config, field, image[-2:])
@@ -241,6 +242,23 @@ def _write_counts(config: Any, geometry: Geometry, current: Geometry) -> None:
         config.image_grid_pinpoints = [
             type(pair)(side * n // o for side, (o, n) in zip(pair, sides, strict=True)) for pair in tiles
         ]
+
+
+def require_one_stride(config: Any, model: nn.Module, patch: Size, old: Size) -> None:
+    """A decoder that shuffles channels into pixels by one factor for both axes draws patches of one shape only.
+
+    Raises:
+        UnsupportedModelError: ``patch`` has another shape than ``old`` (masked image modelling).
+    """
+    stride = getattr(config, SHUFFLE, None)
+    if stride is None or patch[0] * old[1] == patch[1] * old[0]:
+        return
+    if stride in [m.upscale_factor for m in model.modules() if isinstance(m, nn.PixelShuffle)]:
+        shape = "only square patches" if old[0] == old[1] else f"only multiples of {show(old)}"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} draws every patch with one PixelShuffle({stride}), so it accepts {shape}, "
+            f"not {show(patch)}"
+        )
 
 
 def put(config: Any, name: str, size: Any) -> None:

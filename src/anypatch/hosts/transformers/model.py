@@ -29,6 +29,7 @@ from anypatch.hosts.transformers.config import (
     configs,
     has_patch,
     not_vision,
+    require_one_stride,
     shorten,
     size_of,
     sizes,
@@ -265,6 +266,7 @@ def _require_patch(vision: Vision, geometry: Geometry, current: Geometry) -> Non
         )
     if len(set(geometry.patch_size[-2:])) > 1 and _only_squares(vision, "square_patch", geometry, current):
         raise UnsupportedModelError(f"{name} accepts only square patches, not {show(geometry.patch_size)}")
+    require_one_stride(vision.config, vision.model, geometry.patch_size[-2:], current.patch_size[-2:])
 
 
 def _require_grid(vision: Vision, geometry: Geometry, current: Geometry) -> None:
