@@ -199,3 +199,13 @@ def test_what_is_ours_or_the_machines_passes(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, door.speaking_for("timm", "NAME"):
         raise error
     assert caught.value is error
+
+
+def test_advice_goes_on_with_the_librarys_sentence() -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"vit: cannot reach the hub; without a network, only"),
+        door.speaking_for("timm", "vit"),
+    ):
+        raise ConnectionError("cannot reach the hub.")
+    with pytest.raises(CheckpointError, match=r"vit: the file is damaged\.$"), door.speaking_for("timm", "vit"):
+        raise ValueError("the file is damaged.")

@@ -60,7 +60,9 @@ def speaking_for(library: str, what: str, package: str | None = None) -> Iterato
     except TypeError as error:
         raise UnsupportedModelError(f"{library} cannot make {what} with these options: {said(error)}") from error
     except Exception as error:
-        raise CheckpointError(f"{library} cannot load {what}: {said(error)}{_advice(error)}") from error
+        advice = _advice(error)  # goes on with the library's sentence
+        words = said(error).rstrip(".") if advice else said(error)
+        raise CheckpointError(f"{library} cannot load {what}: {words}{advice}") from error
 
 
 def said(error: BaseException) -> str:
