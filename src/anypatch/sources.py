@@ -14,6 +14,7 @@ from anypatch import hosts
 from anypatch.adaptation import adapt, host
 from anypatch.core import history
 from anypatch.core.adapters import unwrap
+from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.merging import merged
 from anypatch.core.tables import PositionsLike
@@ -204,10 +205,11 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     path = Path(directory)
     hub = _for_hub(extras)
     library = host(model)
-    inner = merged(standing(model))
+    with undisturbed():
+        inner = merged(standing(model))
     source, steps = history.origin(unwrap(model)), history.steps(unwrap(model))
     replaced = replaced_names(path, library.name)
-    with atomic.replacing_directory(path, replaced, parents=True) as place:
+    with atomic.replacing_directory(path, replaced, parents=True) as place, undisturbed():
         try:
             library.save(inner, place, path, **extras)
         except SafetensorError as error:  # a full disk, too

@@ -443,3 +443,25 @@ def test_wrappers_of_one_class_around_one_model() -> None:
     second = Task(first.backbone)
     anypatch.adapt(first, 32)
     assert second.backbone.patch_embed.proj.kernel_size == (32, 32)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("around", AMBIENT)
+@pytest.mark.parametrize("kind", ["plain", "adapters", "weight norm"])
+def test_what_is_written_is_the_same_under(around: str, kind: str, tmp_path) -> None:
+    model = vit()
+    if kind == "adapters":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    if kind == "weight norm":
+        torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    anypatch.save(model, tmp_path / "plain")
+    with AMBIENT[around]():
+        anypatch.save(model, tmp_path / "under")
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "under").iterdir())
+    for name in names:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "under" / name).read_bytes(), name
