@@ -486,23 +486,14 @@ def _kill_at_many_moments(source: Path, target: Path, kills: int) -> None:
     os.close(writer)
 
 
+@pytest.mark.parametrize("kills", [8, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", [pytest.param("file", marks=pytest.mark.slow), "directory"])
-def test_a_kill_leaves_the_old_or_the_new(vit: Path, clip: Path, tmp_path: Path, what: str) -> None:
+def test_a_kill_leaves_the_old_or_the_new(vit: Path, clip: Path, tmp_path: Path, what: str, kills: int) -> None:
     (tmp_path / "room").mkdir()
     if what == "file":
-        _kill_at_many_moments(vit, tmp_path / "room" / "b.safetensors", 8)
+        _kill_at_many_moments(vit, tmp_path / "room" / "b.safetensors", kills)
     else:
-        _kill_at_many_moments(clip, tmp_path / "room" / "out", 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["file", "directory"])
-def test_kills_at_any_moment(vit: Path, clip: Path, tmp_path: Path, what: str) -> None:
-    (tmp_path / "room").mkdir()
-    if what == "file":
-        _kill_at_many_moments(vit, tmp_path / "room" / "b.safetensors", 300)
-    else:
-        _kill_at_many_moments(clip, tmp_path / "room" / "out", 300)
+        _kill_at_many_moments(clip, tmp_path / "room" / "out", kills)
 
 
 def test_debris_is_cleaned_but_not_what_another_run_writes(vit: Path, tmp_path: Path) -> None:

@@ -110,10 +110,9 @@ def _convert_file(source: Path, target: Path, arch: str | None, ask: Mapping[str
         return
     header = read_header(source)
     changed = {checkpoint.names[n]: t for n, t in changed.items()}
-    sizes = {n: tuple(t.shape) for n, t in changed.items()}
     total = sum(e.end - e.start for e in header.entries.values())
     with _progress(target.name, total) as progress, atomic.replacing_file(target) as file:
-        shards.write_safetensors(file, header, sizes, lambda n: tensor_bytes(changed[n]), progress)
+        shards.write_safetensors(file, header, changed, progress)
 
 
 def _plan(model: nn.Module, checkpoint: Checkpoint, ask: Mapping[str, Any]) -> Plan | None:
@@ -136,13 +135,13 @@ def _write_new(target: Path, checkpoint: Checkpoint, changed: Mapping[str, Tenso
         raise CheckpointError(f"{checkpoint.path}: tensor {unknown[0]!r} is of a type that .safetensors cannot hold")
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     described = {n: (TYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.dtype.itemsize) for n, t in ordered.items()}
-    with _progress(target.name, sum(d[2] for d in described.values())) as progress:  # noqa: SIM117
-        with atomic.replacing_file(target) as file:
-            file.write(shards.header_bytes(described, {"format": "pt"}))
-            for tensor in ordered.values():
-                data = tensor_bytes(tensor)
-                file.write(data)
-                progress(len(data))
+    total = sum(size for _, _, size in described.values())
+    with _progress(target.name, total) as progress, atomic.replacing_file(target) as file:
+        file.write(shards.header_bytes(described, {"format": "pt"}))
+        for tensor in ordered.values():
+            data = tensor_bytes(tensor)
+            file.write(data)
+            progress(len(data))
 
 
 # -- directories -------------------------------------------------------------------------------------------
@@ -169,9 +168,8 @@ def _convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link:
             if not mine:
                 shards.copy_file(header.path, place / shard, flusher, link, progress)
                 continue
-            shapes = {name: tuple(value.shape) for name, value in mine.items()}
             with (place / shard).open("xb") as file:
-                shards.write_safetensors(file, header, shapes, lambda n, m=mine: tensor_bytes(m[n]), progress)  # type: ignore[misc]
+                shards.write_safetensors(file, header, mine, progress)
                 flusher.add(file)
         for path in files:
             copied = place / path.relative_to(source)

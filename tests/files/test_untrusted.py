@@ -148,7 +148,7 @@ def test_transformers(place: Path, config: dict[str, Any], match: str) -> None:
     _refused(folder, match)
 
 
-CLIP = {
+CLIP: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
     "text_cfg": {"context_length": 8, "vocab_size": 30, "width": 32, "heads": 2, "layers": 1},
@@ -156,14 +156,18 @@ CLIP = {
 
 
 def _clip(place: Path, vision: dict[str, Any], text: dict[str, Any], weights: bool = True) -> Path:
-    open_clip = pytest.importorskip("open_clip")
     folder = place / "clip"
     folder.mkdir()
+    _write_clip(folder, vision, text, weights)
+    return folder
+
+
+def _write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], weights: bool = True) -> None:
+    open_clip = pytest.importorskip("open_clip")
     if weights:
         save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
-    cfg = {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], **vision}, "text_cfg": {**CLIP["text_cfg"], **text}}  # type: ignore[dict-item]
+    cfg = {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], **vision}, "text_cfg": {**CLIP["text_cfg"], **text}}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -248,10 +252,7 @@ def _wide_transformers(folder: Path, **fields: Any) -> None:
 
 
 def _wide_clip(folder: Path, **text: Any) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "open_clip_model.safetensors")
-    cfg = {**CLIP, "text_cfg": {**CLIP["text_cfg"], **text}}  # type: ignore[dict-item]
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
+    _write_clip(folder, {}, text)
 
 
 def _wide_torchvision(folder: Path, **arguments: Any) -> None:

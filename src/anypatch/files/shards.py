@@ -20,7 +20,7 @@ from anypatch.files.configs import read_json
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import BITS, Entry, Header, map_tensors, read_header
 from anypatch.files.opening import open_regular, require_unchanged
-from anypatch.files.tensors import require_finite
+from anypatch.files.tensors import require_finite, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -103,8 +103,7 @@ def copy_file(source: Path, target: Path, flusher: Flusher, link: bool = False, 
 def write_safetensors(
     file: BinaryIO,
     header: Header,
-    shapes: Mapping[str, tuple[int, ...]],
-    values: Callable[[str], bytes],
+    changed: Mapping[str, Tensor],
     progress: Progress = _silent,
 ) -> None:
     """Write ``header``'s file again with some tensors changed; the bytes of the others are copied as they are.
@@ -112,13 +111,13 @@ def write_safetensors(
     Args:
         file: where to.
         header: of the file to copy from.
-        shapes: the new shape of each tensor that changes.
-        values: gives a changed tensor's bytes, one at a time.
+        changed: the tensors that change; the bytes of one at a time are taken.
         progress: told how many bytes were written.
 
     Raises:
         CheckpointError: the source ended.
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in changed.items()}
     sizes = {
         name: entry.end - entry.start if name not in shapes else _size(entry.dtype, shapes[name])
         for name, entry in header.entries.items()
@@ -136,7 +135,7 @@ def write_safetensors(
                 continue
             _copy_run(source, header, run, file, progress)
             run = None
-            data = values(name)
+            data = tensor_bytes(changed[name])
             if len(data) != sizes[name]:
                 raise CheckpointError(f"{header.path}: tensor {name!r} came out with {len(data)} bytes")
             file.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def build_for(
     error: Exception | None = None
     for arguments in attempts:
         try:
-            model = empty(lambda a=arguments: timm.create_model(name, **a))  # type: ignore[misc]
+            model = empty(functools.partial(timm.create_model, name, **arguments))
         except RuntimeError as caught:
             if "Unknown model" in str(caught) or "Invalid pretrained tag" in str(caught):
                 raise unknown("timm", name, timm.list_models()) from None

@@ -190,7 +190,7 @@ def _write_sizes(config: Any, geometry: Geometry, current: Geometry) -> None:
         if isinstance(vars(config).get(name), int):
             setattr(config, name, getattr(config, name) // math.prod(old_patch) * math.prod(patch))
     stride = getattr(config, SHUFFLE, None)
-    if isinstance(stride, int) and patch[-2] * old_patch[-1] == patch[-1] * old_patch[-2]:
+    if isinstance(stride, int) and _of_one_shape(patch, old_patch):
         setattr(config, SHUFFLE, stride * patch[-1] // old_patch[-1])
     field = first_of(config, IMAGE)
     if field is not None and image is not None and old_image is not None and old_image == current.image_size:
@@ -244,6 +244,11 @@ def _write_counts(config: Any, geometry: Geometry, current: Geometry) -> None:
         ]
 
 
+def _of_one_shape(a: Size, b: Size) -> bool:
+    """Whether one patch is the other enlarged alike along both axes."""
+    return a[-2] * b[-1] == a[-1] * b[-2]
+
+
 def require_one_stride(config: Any, model: nn.Module, patch: Size, old: Size) -> None:
     """A decoder that shuffles channels into pixels by one factor for both axes draws patches of one shape only.
 
@@ -251,7 +256,7 @@ def require_one_stride(config: Any, model: nn.Module, patch: Size, old: Size) ->
         UnsupportedModelError: ``patch`` has another shape than ``old`` (masked image modelling).
     """
     stride = getattr(config, SHUFFLE, None)
-    if stride is None or patch[0] * old[1] == patch[1] * old[0]:
+    if stride is None or _of_one_shape(patch, old):
         return
     if stride in [m.upscale_factor for m in model.modules() if isinstance(m, nn.PixelShuffle)]:
         shape = "only square patches" if old[0] == old[1] else f"only multiples of {show(old)}"
