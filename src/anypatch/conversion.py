@@ -29,6 +29,7 @@ from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
 from anypatch.files.tensors import require_finite, tensor_bytes
 from anypatch.hosts import cards
 from anypatch.hosts.checkpoints import architecture, fit
+from anypatch.hosts.folders import without_formats
 from anypatch.hosts.opened import changed_tensors
 
 # Weights in other formats: not converted, and stale beside converted ones.
@@ -190,8 +191,8 @@ def _converted(
     found = hosts.by_folder(source)
     if found is None or not found[0].has("open_folder"):
         raise CheckpointError(
-            f"{source} is in no format that converts: no open_clip_config.json, and no config.json with model_type "
-            f"(transformers) or architecture (timm)"
+            f"{source} is in no format that converts: "
+            f"{without_formats(library.name for library in hosts.HOSTS if library.has('open_folder'))}"
         )
     opened = found[0].open_folder(source)
     plan = make_plan(opened.model, **ask)

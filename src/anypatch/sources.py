@@ -22,7 +22,7 @@ from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
 from anypatch.hosts import cards, door
-from anypatch.hosts.folders import replaced_names
+from anypatch.hosts.folders import replaced_names, without_formats
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -176,8 +176,7 @@ def recognise_directory(path: Path) -> tuple[str, str]:
     if found is not None:
         return found[0].name, found[1]
     raise CheckpointError(
-        f"{path} is in no host library's format: no open_clip_config.json, no torchvision.json, and no config.json "
-        f"with model_type (transformers) or architecture (timm)"
+        f"{path} is in no host library's format: {without_formats(library.name for library in hosts.HOSTS)}"
     )
 
 
@@ -200,27 +199,32 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
             the layer or tensor.
         CheckpointError: the directory cannot be written.
     """
-    from safetensors import SafetensorError
-
     path = Path(directory)
     hub = _for_hub(extras)
     library = host(model)
-    with undisturbed():
-        inner = merged(standing(model))
     source, steps = history.origin(unwrap(model)), history.steps(unwrap(model))
     replaced = replaced_names(path, library.name)
-    with atomic.replacing_directory(path, replaced, parents=True) as place, undisturbed():
-        try:
-            library.save(inner, place, path, **extras)
-        except SafetensorError as error:  # a full disk, too
-            raise CheckpointError(f"cannot write {path}: {error}") from error
-        kept = cards.own_card(source)
-        if kept is not None and not (place / cards.CARD).exists():
-            atomic.copy_whole(kept, place / cards.CARD)
-        for name, text in cards.card(library.name, library.version, type(inner).__name__, steps, source, path).items():
-            (place / name).write_text(text, encoding="utf-8")
+    with undisturbed():
+        inner = merged(standing(model))
+        with atomic.replacing_directory(path, replaced, parents=True) as place:
+            _write(library, inner, place, path, extras)
+            kept = cards.own_card(source)
+            if kept is not None and not (place / cards.CARD).exists():
+                atomic.copy_whole(kept, place / cards.CARD)
+            texts = cards.card(library.name, library.version, type(inner).__name__, steps, source, path)
+            for name, text in texts.items():
+                (place / name).write_text(text, encoding="utf-8")
     if hub is not None:
         _upload(path, str(hub.pop("repo_id", None) or path.name), **hub)
+
+
+def _write(library: hosts.Host, model: nn.Module, place: Path, final: Path, extras: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        library.save(model, place, final, **extras)
+    except SafetensorError as error:  # a full disk, too
+        raise CheckpointError(f"cannot write {final}: {error}") from error
 
 
 def _for_hub(extras: dict[str, Any]) -> dict[str, Any] | None:

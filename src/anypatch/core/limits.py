@@ -127,8 +127,11 @@ class Bounded(TorchFunctionMode):
         return 16 * math.prod(max(size, 1) for size in sizes) > min(self.bound, 64 * COUNTED)
 
     def _require(self, size: int) -> None:
-        if size <= COUNTED:
-            return
+        """That the bound is kept with ``size`` bytes more, if they are many enough to count."""
+        if size > COUNTED:
+            self._require_all(size)
+
+    def _require_all(self, size: int) -> None:
         living: dict[int, int] = {}
         self._live = [(ref, count) for ref, count in self._live if not ref.expired()]
         for ref, count in self._live:
@@ -172,7 +175,7 @@ class Loading(Bounded):
         self._small += size
         if self._small > self._looked:
             self._looked = self._small + 64 * COUNTED
-            self._require(COUNTED + 1)
+            self._require_all(0)
 
     def _says(self, total: int) -> str:
         return (

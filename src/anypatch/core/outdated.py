@@ -41,6 +41,7 @@ def tell(plan: Plan) -> None:
     root = plan.subject.wrapper if plan.subject.wrapper is not None else plan.subject.model
     for module in root.modules():
         names = [name for name, parameter in module._parameters.items() if id(parameter) in exchanged]
+        # items, as a recorded program's buffers are no dict and cannot be walked by themselves
         names += [name for name, _ in module._buffers.items() if (id(module), name) in buffers]
         with _LOCK:
             shells = list(_SHELLS.get(module, ())) if names else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,22 @@ def formats(folder: Path) -> set[str]:
             if is_format(folder, library):
                 found.add(library)
     return found
+
+
+def without_formats(libraries: Iterable[str]) -> str:
+    """What a directory has not that is in none of these libraries' formats.
+
+    >>> without_formats(["torchvision", "timm", "transformers"])
+    'no torchvision.json, no config.json with architecture (timm), or with model_type or architectures (transformers)'
+    """
+    wanted: dict[str, list[str]] = {}
+    for library in libraries:
+        form = FORMATS.get(library)
+        if form is not None:
+            keys = wanted.setdefault(form.config, [])
+            keys += [f"{' or '.join(form.keys)} ({library})"] if form.keys else []
+    said = {file: f" with {', or with '.join(keys)}" if keys else "" for file, keys in wanted.items()}
+    return ", ".join(f"no {file}{which}" for file, which in said.items())
 
 
 def is_format(folder: Path, library: str) -> bool:
