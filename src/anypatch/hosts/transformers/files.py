@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import weakref
 from collections.abc import Callable
@@ -135,10 +136,11 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
             loaded from come along, the processors with sizes that fit. The rest is ``save_pretrained``'s.
     """
     processor = extras.pop("processor", None)
+    live, model = model, _under_own_names(model)
     model.save_pretrained(str(directory), **extras)  # type: ignore[operator]
     _require_loads(model, directory)
-    source, old = _source(model)
-    new = subject(model).geometry
+    source, old = _source(live)
+    new = subject(live).geometry
     if source is not None:
         if old is None:
             old = _saved_geometry(str(source))
@@ -151,6 +153,30 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
                 (directory / file).write_text(text, encoding="utf-8")
     if processor is not None:
         processors.follow(processor, old, new).save_pretrained(str(directory))
+
+
+def _under_own_names(model: nn.Module) -> nn.Module:
+    """The model as something that is written under names that transformers takes by itself.
+
+    It writes the names that a checkpoint had when it was loaded, also where a caller's ``key_mapping`` or the loader of
+    adapters had translated them, whom nobody asks the next time.
+    """
+    used = getattr(model, "_weight_conversions", None)
+    if not used:
+        return model
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    known = [_translates(conversion) for conversion in get_model_conversion_mapping(model)]
+    if all(_translates(conversion) in known for conversion in used):
+        return model
+    result = copy.copy(model)  # of the module alone: the live one keeps what it remembers
+    del vars(result)["_weight_conversions"]
+    return result
+
+
+def _translates(conversion: Any) -> tuple[Any, ...]:
+    """From which names to which."""
+    return type(conversion), conversion.source_patterns, conversion.target_patterns
 
 
 def _source(model: nn.Module) -> tuple[Path | None, Geometry | None]:
