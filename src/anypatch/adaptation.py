@@ -38,6 +38,17 @@ def adapt(
 ) -> M:
     """Change the patch size or image size of a live model, in place.
 
+    >>> import timm, torch
+    >>> model = timm.create_model("test_vit")  # patches of 16 in an image of 160: a grid of 10x10
+    >>> adapt(model, patch_size=8) is model
+    True
+    >>> geometry(model)
+    Geometry(patch_size=(8, 8), image_size=(160, 160), grid=(20, 20), prefix_tokens=1, library='timm')
+    >>> model.forward_features(torch.rand(1, 3, 160, 160)).shape  # a class token and 20x20 patches
+    torch.Size([1, 401, 64])
+    >>> adapt(model, image_size=(96, 192)).patch_embed.grid_size
+    (12, 24)
+
     The model stays the same object, of the same class, with the same hooks, dtype, device, ``requires_grad``,
     adapters and shared parameters; parameters stay the same objects too, so an optimizer keeps working (clear its
     per-parameter state for the resized ones).
@@ -187,6 +198,13 @@ def at(
 
 def geometry(model: nn.Module) -> Geometry:
     """The model's present geometry.
+
+    >>> import timm
+    >>> geometry(timm.create_model("test_vit"))
+    Geometry(patch_size=(16, 16), image_size=(160, 160), grid=(10, 10), prefix_tokens=1, library='timm')
+
+    Args:
+        model: any model that :func:`anypatch.adapt` takes, wrapped or not.
 
     Raises:
         UnsupportedModelError: no patch embedding was found.

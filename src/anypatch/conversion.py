@@ -53,6 +53,15 @@ def convert(
 ) -> None:
     """Convert a checkpoint file or directory to another geometry without loading the model.
 
+    >>> import tempfile, timm
+    >>> from safetensors.torch import save_file
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> source, target = f"{folder.name}/vit.safetensors", f"{folder.name}/vit8.safetensors"
+    >>> save_file(timm.create_model("test_vit").state_dict(), source)
+    >>> convert(source, target, patch_size=8)
+    >>> timm.create_model("test_vit", patch_size=8, checkpoint_path=target).patch_embed.proj.weight.shape
+    torch.Size([64, 3, 8, 8])
+
     Only the tensors that follow the geometry are computed; all other bytes are copied by the operating system. The
     result is what loading, adapting and saving would give. The target appears when it is complete: whatever happens
     before leaves what was there.

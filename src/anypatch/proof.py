@@ -34,6 +34,11 @@ TOLERANCE = 1e-4
 class Check:
     """Result of the proof.
 
+    >>> import timm
+    >>> result = check(timm.create_model("test_vit"), patch_size=32)
+    >>> result.passed, result.failures
+    (True, ())
+
     Attributes:
         error: the largest relative error over the compared outputs, ``max |a - b| / max |a|``.
         passed: whether it is float noise (below 1e-4), and nothing failed.
@@ -75,8 +80,22 @@ class Check:
 def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     """Prove that adapting ``model`` to a larger ``patch_size`` preserves what it computes.
 
+    >>> import timm
+    >>> model = timm.create_model("test_vit")
+    >>> result = check(model, patch_size=(16, 24))
+    >>> result.passed, result.error < 1e-4
+    (True, True)
+
     The model is not changed. The grid is kept and the image grows with the patch; shrinking loses pixels, so
     no exactness holds there and sizes below the present patch are refused.
+
+    Args:
+        model: any model that :func:`anypatch.adapt` takes.
+        patch_size: pixels, an int or (height, width); for video also (time, height, width).
+        seed: of the random weights and pixels that the proof is made with.
+
+    Returns:
+        The relative error of every output, and whether it is float noise.
 
     Raises:
         GeometryError: ``patch_size`` is smaller than the present one on some axis, or, for stems whose patches

@@ -183,6 +183,12 @@ def recognise_directory(path: Path) -> tuple[str, str]:
 def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     """Save a model in its host library's own format; it loads there without anypatch.
 
+    >>> import tempfile, timm
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> save(load("timm:test_vit", patch_size=8, pretrained=False), folder.name)
+    >>> timm.create_model(f"local-dir:{folder.name}").patch_embed.patch_size
+    (8, 8)
+
     The directory is built beside its place, held against what the host library would build from it, and put in place
     whole: whatever happens before leaves what was there. A model that is there is replaced, in whatever library's
     format; all other files stay. Adapters of PEFT are merged, parametrised weights computed, in what is written; the
@@ -250,6 +256,12 @@ def push_to_hub(
     **extras: Any,
 ) -> str:
     """Save a model as :func:`save` does, and upload the directory to the Hugging Face Hub.
+
+    >>> model = load("timm:test_vit", patch_size=8, pretrained=False)
+    >>> push_to_hub(model, "me/test-vit-patch8", endpoint="http://localhost:9")  # a hub that is not there
+    Traceback (most recent call last):
+    ...
+    anypatch.errors.CheckpointError: cannot upload to me/test-vit-patch8: ...
 
     Args:
         model: any model that :func:`save` takes.

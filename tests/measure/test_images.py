@@ -78,6 +78,7 @@ def test_plain_folder_has_no_labels(tmp_path: Path) -> None:
     ("make", "says"),
     [
         (lambda root: root / "nowhere" / "at" / "all", "no such folder"),
+        (lambda root: "./missing", "missing: no such folder$"),
         (lambda root: write(root / "a.png", (0, 0, 0), 0), "is a file"),
         (lambda root: root, "no images in it"),
         (lambda root: image_folder(root, 4, ("red",)), r"one class only \(red\)"),

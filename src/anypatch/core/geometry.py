@@ -53,6 +53,7 @@ class Geometry:
 
     @property
     def grid(self) -> Size | None:
+        """Patches on each axis; ``None`` for a model of any image size."""
         if self.explicit_grid is not None:
             return self.explicit_grid
         if self.image_size is None:

@@ -64,6 +64,12 @@ class Pi(Method):
     """FlexiViT's pseudo-inverse resize (arXiv:2212.08013): `pinv(R).T`, with `R` the resize matrix of a
     patch.
 
+    >>> import timm
+    >>> model = timm.create_model("test_vit")
+    >>> from anypatch import adapt
+    >>> adapt(model, patch_size=32, keep="grid", kernel=Pi("bilinear")).patch_embed.proj.weight.shape
+    torch.Size([64, 3, 32, 32])
+
     `Pi()` is timm's `resample_patch_embed`; `Pi("bilinear")` is big_vision's. Exact when the patch
     grows, for images whose patches were each enlarged with `R`.
     """
@@ -77,7 +83,12 @@ class Pi(Method):
 
 @dataclass(frozen=True)
 class Interpolate(Method):
-    """Plain interpolation of the kernel, scaled by `old / new` per axis so that its sum stays alike."""
+    """Plain interpolation of the kernel, scaled by `old / new` per axis so that its sum stays alike.
+
+    >>> kernel = torch.ones(1, 1, 2, 2)
+    >>> resize_kernel(kernel, 4, Interpolate("bilinear")).sum() == kernel.sum()
+    tensor(True)
+    """
 
     filter: str = "bicubic"
     antialias: bool = True
@@ -89,6 +100,11 @@ class Interpolate(Method):
 @dataclass(frozen=True)
 class Wiener(Method):
     """The best linear estimate of the old pixels from the new ones, for photographs resized as a whole.
+
+    >>> kernel = torch.ones(1, 1, 2, 2)
+    >>> smoother = resize_kernel(kernel, 3, Wiener(slope=3.0))  # the larger, the fewer details the images have
+    >>> smoother.shape, round(smoother.sum().item(), 3)  # a flat patch keeps its response
+    (torch.Size([1, 1, 3, 3]), 4.0)
 
     Along each axis, pixels have an unknown mean and a power spectrum `1 / f ** slope` (2 is a first-order
     Markov chain of infinite length). Both pixel grids sample them with the pipeline's resize filter, each
@@ -190,6 +206,12 @@ def resize_kernel(
     shifts: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> Tensor:
     """Resize a patch kernel (..., h, w) to (..., *size); with three sizes, (..., t, h, w).
+
+    >>> kernel = torch.rand(384, 3, 14, 14)
+    >>> resize_kernel(kernel, 16).shape
+    torch.Size([384, 3, 16, 16])
+    >>> resize_kernel(kernel, (14, 28), "pi").shape
+    torch.Size([384, 3, 14, 28])
 
     An int stands for both spatial axes. Type and device are kept; arithmetic is float32 or better. The
     result is a new tensor that takes no part in gradients. `shifts` is how far the new window starts behind

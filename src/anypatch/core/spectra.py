@@ -30,6 +30,14 @@ class PixelStatistics(Wiener):
     """A Wiener resize whose spectrum was measured: `adapt(model, 16,
     kernel=PixelStatistics.from_images(folder))`.
 
+    >>> import numpy as np
+    >>> images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    >>> measured = PixelStatistics.from_images(images, image_size=64, progress=False)
+    >>> import timm
+    >>> from anypatch import adapt
+    >>> adapt(timm.create_model("test_vit"), patch_size=20, kernel=measured).patch_embed.patch_size
+    (20, 20)
+
     `frequencies` (cycles per pixel of the model's image, ascending) and `powers` are the measured
     spectrum; it is interpolated between them on logarithmic scales and follows `1 / f ** slope` beyond.
     Channel normalisation and a correlation between channels that is the same at every distance cancel

@@ -46,7 +46,7 @@ def _open(source: Any) -> Data:
         return class_folder(str(source), path)
     if path.exists():
         raise DataError(f"data must be a folder or a Hugging Face dataset's name; {source} is a file")
-    if re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)):
+    if re.fullmatch(r"(hf:)?\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", str(source)):
         return hugging_face(by_name(str(source)), str(source))
     raise DataError(f"{source}: no such folder")
 

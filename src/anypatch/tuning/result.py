@@ -38,6 +38,15 @@ TITLES = {
 class TuneResult:
     """What tuning did.
 
+    >>> import timm
+    >>> from anypatch import tune
+    >>> model = timm.create_model("test_vit", img_size=64)
+    >>> result = tune(model, images="photos", patch_size=(16, 32), steps=1, learning_rate=1e-5, num_workers=0)
+    >>> result.to_pandas()[["patch_size", "tokens"]].values.tolist()
+    [['16x16', 16], ['32x32', 4]]
+    >>> sorted(path.name for path in result.save("tuned").iterdir())
+    ['report.html', 'tune.csv', 'tune.json']
+
     Attributes:
         model: the tuned model, the one that was given; with one patch size adapted to it, with several at its native
             geometry.

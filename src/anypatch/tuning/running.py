@@ -65,6 +65,12 @@ def tune(
 ) -> TuneResult:
     """Adapt a model and train it, without labels, to say at the new patch size what it says at its own.
 
+    >>> import timm
+    >>> model = timm.create_model("test_vit", img_size=64)
+    >>> result = tune(model, images="photos", patch_size=32, steps=2, learning_rate=1e-5, num_workers=0)
+    >>> model.patch_embed.patch_size, result.rows[0]["patch_size"]
+    ((32, 32), '32x32')
+
     The teacher is the model as it is, frozen. The student is the adapted model, or, for several patch sizes, one set
     of weights that every step looks at another patch size of (FlexiViT, arXiv:2212.08013). It learns the direction of
     the teacher's pooled feature and patch features, and its logits where it has a classifier, on augmented crops. A
