@@ -185,6 +185,33 @@ def test_no_pattern_over_model_types_outside_facts() -> None:
             assert not re.search(r"re\.\w+\([^)]*model_type", line), f"{path.relative_to(ROOT)}:{number}"
 
 
+def test_numbers_that_decide_have_their_reason() -> None:
+    """A constant that holds a number says beside it, or above, why it is this one."""
+    bare = []
+    for path in SOURCES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        tree = ast.parse("\n".join(lines))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node in [*tree.body, *(inner for holder in classes for inner in holder.body)]:
+            if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not _decides(node) or path.stem == "facts":
+                continue
+            said = (
+                "#" in "".join(lines[node.lineno - 1 : node.end_lineno]) or lines[node.lineno - 2].lstrip()[:1] == "#"
+            )
+            if not said:
+                bare.append(f"{path.relative_to(ROOT)}:{node.lineno}: {lines[node.lineno - 1].strip()}")
+    assert not bare, bare
+
+
+def _decides(node: ast.Assign | ast.AnnAssign) -> bool:
+    """Whether a constant by its name holds a number."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    if not isinstance(target, ast.Name) or not target.id.isupper() or node.value is None:
+        return False
+    constants = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
+    return any(isinstance(value, (int, float)) and not isinstance(value, bool) for value in constants)
+
+
 def test_no_constructor_is_exchanged() -> None:
     """Other threads build their models meanwhile."""
     for path in SOURCES:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 ATOMS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.Size, range, slice)
 OPAQUE = (nn.Module, types.ModuleType, types.FunctionType, types.MethodType, type, torch.Generator)
-MAX_DEPTH = 12
+MAX_DEPTH = (
+    12  # of values within values; the deepest configuration of a library nests 6, so what is deeper is no setting
+)
 
 
 class Missing:

@@ -20,7 +20,7 @@ from anypatch.errors import GeometryError
 # Bytes of the buffers of one model. BEiT-large at 1024 pixels, the most that any known model takes at a size that
 # people use, has 3 GB of indices of relative positions; four times its area takes 16 times as much.
 DEFAULT = 4 << 30
-COUNTED = 1 << 20
+COUNTED = 1 << 20  # bytes of a tensor that is counted by itself: 4,096 of them stay below the bound
 # Tensors of one model. The largest mixtures of experts have 70,000, one for each matrix of each expert; every one of
 # them costs memory and time even where it is empty.
 MAX_TENSORS = 500_000

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-WHITE16 = 65535
+WHITE16 = 65535  # the highest level of 16 bits
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I holds 0..65535; a PGM of another maximum is stretched by Pillow
-WHITE8 = 255
+WHITE8 = 255  # and of 8
 
 
 def as_rgb(image: Image) -> Image:

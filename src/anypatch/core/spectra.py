@@ -20,7 +20,7 @@ from anypatch.core.kernels import Wiener
 from anypatch.errors import GeometryError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-BINS = 48
+BINS = 48  # between the two below, five to an octave: finer than a spectrum of photographs has features
 LOWEST, HIGHEST = 1 / 256, 4.0  # cycles per pixel of the model's image
 LARGEST = 2048  # longer sides are cut: memory stays bounded by one image of this size
 

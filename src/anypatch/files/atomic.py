@@ -41,7 +41,7 @@ except ImportError:  # Windows: nothing is locked, so nothing is taken for debri
 MARK = ".anypatch-"
 NOTE = "unfinished.txt"
 SAYS = "anypatch was writing here and was stopped. Its next run with the same target cleans this up.\n"
-RENAME_EXCHANGE = 2
+RENAME_EXCHANGE = 2  # Linux' flag of renameat2, from linux/fs.h
 MAX_NAME = 150  # of the target's in its stage's: a file name has at most 255 bytes
 NEW, OLD, PLAN, DONE = "new", "old", "plan.json", "done"
 NOT_BESIDE = {errno.EACCES, errno.EPERM, errno.EROFS}  # making a stage: the directory above cannot be written

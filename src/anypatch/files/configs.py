@@ -21,7 +21,7 @@ MAX_NESTING = 64  # the deepest of transformers' own is 6
 COUNTS = re.compile(
     r"(^|_)(depths?|layers|blocks|experts|heads|stages|queries|num_hidden_layers|num_layers|n_layers?|num_layer)$"
 )
-MAX_COUNT = 10_000
+MAX_COUNT = 10_000  # a hundred times what the largest have
 MAX_SIDE = 1 << 40  # any whole number: above it, a product of two overflows what torch counts in
 # Not a name but a place, for any library: a directory, a drive, an address, a prefix that says where from.
 PLACE = re.compile(r"[/\\:]|^[.~]")

@@ -16,7 +16,7 @@ from anypatch.errors import CheckpointError
 from anypatch.files.opening import Identity, first_line, identity, open_regular, require_unchanged
 
 MAX_HEADER = 100 << 20  # bytes of a safetensors header; the format's own limit
-MAX_DIMENSIONS = 64
+MAX_DIMENSIONS = 64  # torch's own limit
 
 # Bits per element of every type that safetensors names, and torch's type where torch has one.
 BITS = {

@@ -28,7 +28,7 @@ from anypatch.files.opening import identity, open_regular
 MAX_PICKLE = 1 << 30  # bytes of the description of a model's tensors; those of the largest models take a few megabytes
 # An expanded tensor repeats the same bytes. More than this many times the file is a request for memory, not a model.
 MAX_EXPANSION = 64
-SMALL = 16 << 20
+SMALL = 16 << 20  # bytes that may be taken whatever the file's size: a scalar is expanded to a table now and then
 MAX_LINE = 64_000  # bytes of one line of a pickle of the first protocol
 
 STORAGES = {

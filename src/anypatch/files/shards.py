@@ -24,7 +24,7 @@ from anypatch.files.tensors import require_finite, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHUNK = 8 << 20
+CHUNK = 8 << 20  # bytes read at once where the system cannot copy by itself: few calls, and little memory
 STEP = 256 << 20  # bytes copied between two signs of progress
 NO_RANGES = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
 

@@ -32,8 +32,8 @@ RAW = re.compile(r"(^|[._])(student|online)([._]|$)")
 # Put before names by DataParallel, and anywhere into them by torch.compile, FSDP and activation checkpointing.
 _PLAIN_PREFIXES = ("module.", "_forward_module.")
 _INFIXES = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-MAX_NESTING = 8
-MAX_TABLES = 10_000
+MAX_NESTING = 8  # of tables in tables; trainers write two or three
+MAX_TABLES = 10_000  # in one file; an optimizer's state has one for each parameter of the model
 
 
 @dataclass

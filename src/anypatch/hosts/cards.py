@@ -13,7 +13,7 @@ CARD = "README.md"
 OWN = "README.anypatch.md"  # where the place of the card is taken, by the source's or by a user's
 SIGN = "<!-- written by anypatch -->"
 EARLIER = "\n## Before that\n"
-MAX_CARD = 1 << 20
+MAX_CARD = 1 << 20  # bytes of a card that comes along; the longest on the hub take some hundred kilobytes
 
 
 def card(

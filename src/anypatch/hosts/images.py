@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Encode: TypeAlias = Callable[[nn.Module], Tensor]  # of a model with a text tower: one vector per text
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its colours, as torchvision has them
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # as OpenAI's has them
 
 
 @dataclass(frozen=True)

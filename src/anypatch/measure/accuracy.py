@@ -14,8 +14,8 @@ from torch import Tensor
 from anypatch.errors import AnypatchError
 
 NEIGHBOURS = 10  # images compared by neighbour_agreement: the usual first ten of retrieval
-VOTERS = 20  # images that vote in k-NN classification, and their temperature: DINO's evaluation (arXiv:2104.14294)
-TEMPERATURE = 0.07
+# Images that vote in k-NN classification, and their temperature: DINO's evaluation (arXiv:2104.14294).
+VOTERS, TEMPERATURE = 20, 0.07
 # Strength of the linear probe: features are standardised, hundreds wide, and often a few dozen images per class. A
 # tenth of scikit-learn's default keeps the probe from learning those by heart; 300 steps converge to three digits.
 PROBE_C, PROBE_STEPS = 0.1, 300

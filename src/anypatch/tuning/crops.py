@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Scale of a crop's area and its shape: torchvision's RandomResizedCrop, less extreme at the small end than its 0.08,
 # so that things keep a size at which the teacher knows them.
 AREA, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
-FLIP = 0.5
+FLIP = 0.5  # of the crops are mirrored: half, so that neither side is the usual one
 # Brightness, contrast and saturation by up to this factor in 80 % of crops: DINOv2's jitter.
 JITTER, JITTERED = 0.4, 0.8
 KEPT_PIXELS = 2.0  # images are kept at this many times the crop's side: a crop of a quarter of the area is not enlarged
