@@ -9,13 +9,11 @@ import json
 import os
 import pickle
 import random
-import resource
 import signal
-import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from anypatch.files.header import read_header
 from anypatch.files.pickles import rebuild
 from anypatch.files.reading import read
 from anypatch.files.tensors import tensor_bytes
+from tests.files.fuzzing import PEAK, forget_peak, in_a_process, mutate, peak, watch
 
 TENSORS = {
     "patch_embed.proj.weight": torch.arange(48.0).reshape(4, 3, 2, 2),
@@ -300,65 +299,6 @@ def test_any_good_file(tmp_path: Path, described: dict[str, tuple[str, list[int]
 
 # -- mutation ----------------------------------------------------------------------------------------------
 
-NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, (1 << 63) - 1, (1 << 64) - 1]
-OPCODES = (
-    b"(.)]}\x80\x81\x85\x86\x87\x88\x89\x8a\x8b\x93\x94\x95\x52\x62\x63\x68\x6a\x71\x72\x74\x75\x58\x4a\x4b\x4d\x51"
-)
-
-
-def mutate(data: bytes, seeds: list[bytes], chance: random.Random) -> bytes:
-    """One to four changes: bits, numbers, pickle opcodes, digits of a header, cuts, copies, parts of other files."""
-    result = bytearray(data)
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        if not result:
-            break
-        at = chance.randrange(len(result))
-        how = chance.randrange(9)
-        if how == 0:
-            result[at] ^= 1 << chance.randrange(8)
-        elif how == 1:
-            result[at] = chance.randrange(256)
-        elif how == 2:
-            width = chance.choice((1, 2, 4, 8))
-            result[at : at + width] = (chance.choice(NUMBERS) & ((1 << 8 * width) - 1)).to_bytes(width, "little")
-        elif how == 3:
-            result[at] = chance.choice(OPCODES)
-        elif how == 4:
-            digits = [i for i, byte in enumerate(result[:400]) if 48 <= byte <= 57]
-            if digits:
-                result[chance.choice(digits)] = chance.choice(b"0123456789-.eE")
-        elif how == 5:
-            del result[at:]
-        elif how == 6:
-            end = at + chance.randrange(1, 64)
-            del result[at:end]
-        elif how == 7:
-            end = at + chance.randrange(1, 64)
-            result[at:at] = result[at:end] * chance.choice((1, 2, 50))
-        else:
-            other = chance.choice(seeds)
-            start = chance.randrange(len(other))
-            piece = other[start : start + chance.randrange(1, 64)]
-            result[at : at + len(piece)] = piece
-    return bytes(result)
-
-
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "pty.spawn",
-             "os.remove", "os.rename", "os.mkdir", "shutil.", "ctypes.dlopen", "exec")  # fmt: skip
-
-
-def _watch(events: list[str]) -> None:
-    """Record what only executed code would do."""
-    installed = (sys.prefix, sys.base_prefix)
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "exec" and getattr(args[0], "co_filename", "").startswith(installed):
-            return  # torch imports a module of its own
-        if event.startswith(FORBIDDEN) or (event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")):
-            events.append(f"{event} {str(args)[:200]}")
-
-    sys.addaudithook(hook)
-
 
 def _fuzz(place: Path, count: int, seed: int) -> str | None:
     """Read ``count`` mutated files; what went wrong, if anything did."""
@@ -372,7 +312,7 @@ def _fuzz(place: Path, count: int, seed: int) -> str | None:
         path.write_bytes(data)
         read(path)
     descriptor = os.open(path, os.O_RDWR)
-    _watch(events)
+    watch(events)
 
     def late(*_: Any) -> None:
         raise TimeoutError("still reading after 20 seconds")
@@ -383,6 +323,7 @@ def _fuzz(place: Path, count: int, seed: int) -> str | None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, data, 0)
         signal.alarm(20)
+        before = forget_peak()
         try:
             for tensor in read(path).tensors.values():
                 if tensor.numel() < 1 << 20:
@@ -393,34 +334,13 @@ def _fuzz(place: Path, count: int, seed: int) -> str | None:
         except BaseException as error:
             return f"input {i}: {type(error).__name__}: {error}"
         signal.alarm(0)
+        if peak() - before > PEAK:
+            return f"input {i}: {peak() - before} bytes of memory"
         if events:
             return f"input {i}: executed {events[0]}"
         if (place / PAYLOAD).exists():
             return f"input {i}: a payload ran"
     return None
-
-
-def _in_a_process(work: Callable[[], str | None], place: Path) -> str | None:
-    """Run in a process of bounded memory, so that a crash is a result like any other."""
-    said = place / "said"
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            with open("/proc/self/statm") as file:
-                used = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30),) * 2)
-            message = work()
-            code = 0
-            if message is not None:
-                os.write(os.open(said, os.O_WRONLY | os.O_CREAT), message.encode())
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(process, 0)
-    if said.exists():
-        return said.read_text()
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == 0 else f"the process ended with {code}; the input is {place / 'x'}"
 
 
 @pytest.fixture
@@ -432,7 +352,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_quiet")
 def test_mutated_files(tmp_path: Path) -> None:
-    assert _in_a_process(lambda: _fuzz(tmp_path, 1500, seed=0), tmp_path) is None
+    assert in_a_process(lambda: _fuzz(tmp_path, 1500, seed=0), tmp_path) is None
 
 
 @pytest.mark.fuzz
@@ -440,5 +360,5 @@ def test_mutated_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", range(8))
 def test_a_million_mutated_files(tmp_path: Path, part: int) -> None:
     began = time.monotonic()
-    assert _in_a_process(lambda: _fuzz(tmp_path, 125_000, seed=1000 + part), tmp_path) is None
+    assert in_a_process(lambda: _fuzz(tmp_path, 125_000, seed=1000 + part), tmp_path) is None
     print(f"125000 inputs in {time.monotonic() - began:.0f} s")

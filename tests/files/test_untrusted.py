@@ -135,6 +135,7 @@ def test_timm(place: Path, config: dict[str, Any], match: str) -> None:
         ({"model_type": "timm_wrapper", "architecture": "local-dir:evil"}, "no architecture|a place"),
         ({"model_type": "dpt", "backbone_config": {"model_type": "timm_backbone", "backbone": "evil"}}, "but a place"),
         ({"model_type": "vit", "num_hidden_layers": 10**8}, "num_hidden_layers is 100000000"),
+        ({"model_type": "vit", "num_labels": 10**8}, "num_labels is 100000000"),
     ],
 )  # fmt: skip
 def test_transformers(place: Path, config: dict[str, Any], match: str) -> None:
@@ -530,3 +531,178 @@ def test_names_nested_without_end() -> None:
     inner.__setstate__({"weight": torch.ones(1)})
     with pytest.raises(pickle.UnpicklingError, match="nested"):
         scripted_tensors(root)
+
+
+# -- what lies beside a configuration ------------------------------------------------------------------------------
+
+
+def _hf(place: Path, **files: Any) -> Path:
+    """A good directory of transformers with other files in it, given as JSON by name."""
+    transformers = pytest.importorskip("transformers")
+    folder = place / "hf"
+    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1,
+                                    num_attention_heads=2, intermediate_size=32)  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def _index(place: Path, name: str) -> Path:
+    folder = _hf(place)
+    names = list(read(folder / "model.safetensors").names.values())
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "a/../../evil.safetensors", "..", ""])
+def test_an_index_that_names_another_place(place: Path, name: str) -> None:
+    folder = _index(place, name)
+    (place / "evil.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    _refused(folder, "outside the directory")
+
+
+def test_an_index_that_names_its_files(place: Path) -> None:
+    assert anypatch.load(_index(place, "a.safetensors")) is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"transformers_weights": "../evil.safetensors"}, "outside the directory"),
+        ({"transformers_weights": "/evil.safetensors.index.json"}, "outside the directory"),
+        ({"model_type": "dpt", "backbone": "evil/evil", "use_pretrained_backbone": True}, "is elsewhere"),
+        ({"model_type": "detr", "backbone": "/evil"}, "but a place"),
+        ({"model_type": "upernet", "backbone_config": {"model_type": "timm_backbone", "backbone": "a/evil"}},
+         "is elsewhere"),
+    ],
+)  # fmt: skip
+def test_fields_that_name_a_file_or_a_repository(place: Path, config: dict[str, Any], match: str) -> None:
+    folder = _hf(place)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, **config}))
+    _refused(folder, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"base_model_name_or_path": ["evil"]}, "neither a directory"),
+        ({"corda_config": {"cache_file": "evil.pth", "covariance_file": "./evil.pth"}}, "but a place"),
+        ({"init_lora_weights": "loraga", "lora_ga_config": {"cache_file": "/evil.pth"}}, "but a place"),
+        ({"megatron_config": {"x": 1}, "megatron_core": "antigravity"}, "to import 'antigravity'"),
+        ({"r": 10**13}, "no size of a model"),
+    ],
+)
+def test_adapters(place: Path, change: dict[str, Any], match: str) -> None:
+    peft = pytest.importorskip("peft")
+    folder = _hf(place)
+    config = peft.LoraConfig(target_modules=r".*\.q_proj", base_model_name_or_path="some/base").to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}, default=str))
+    with pytest.raises(CheckpointError, match=match):
+        anypatch.load(folder)
+
+
+def _adapter(place: Path, base: str) -> Path:
+    """A directory with an adapter alone, for a model elsewhere."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = transformers.ViTModel.from_pretrained(_hf(place))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "adapter")
+    path = place / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    return place / "adapter"
+
+
+def test_the_model_that_an_adapter_is_for_is_looked_at_too(place: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder, base = _adapter(place, str(place / "hf")), place / "hf"
+
+    def load() -> Any:
+        return anypatch.load(f"transformers:{folder}", model_class=transformers.ViTForImageClassification)
+
+    assert any("lora_" in name for name, _ in load().named_parameters())
+    config = json.loads((base / "config.json").read_text())
+    for change, match in (
+        ({"attn_implementation": "evil/kernel"}, "code from elsewhere"),
+        ({"num_labels": 10**5}, r"takes [\d.]+ GB or more.* have \d+ bytes"),
+        ({"num_labels": 10**8}, "num_labels is 100000000"),
+    ):
+        (base / "config.json").write_text(json.dumps({**config, **change}))
+        with anypatch.memory_limit(0), pytest.raises(CheckpointError, match=match):
+            load()
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(folder)}))
+    with pytest.raises(CheckpointError, match="names itself"):
+        load()
+
+
+def test_an_adapter_alone_says_what_it_is_for(place: Path) -> None:
+    folder = _adapter(place, "some/base")
+    for source in (str(folder), f"transformers:{folder}"):
+        with pytest.raises(CheckpointError, match=r"adapter for some/base.*PeftModel"):
+            anypatch.load(source)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_pipe_in_a_directory(place: Path, name: str) -> None:
+    folder = _hf(place)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        anypatch.load(folder)
+
+
+def test_a_packed_archive_in_a_directory(place: Path) -> None:
+    """A few kilobytes that torch's own reader unpacks to gigabytes."""
+    import zipfile
+
+    folder = _hf(place)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": torch.zeros(1 << 20)}, place / "good.bin")
+    with (
+        zipfile.ZipFile(place / "good.bin") as old,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    with pytest.raises(CheckpointError, match="not stored as torch stores"):
+        anypatch.load(folder)
+
+
+def _cached(cache: Path, files: dict[str, str]) -> None:
+    """A repository ``some/evil`` as a hub cache holds it."""
+    snapshot = cache / "models--some--evil" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "models--some--evil" / "refs").mkdir()
+    (cache / "models--some--evil" / "refs" / "main").write_text("a" * 40)
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "config", "match"),
+    [
+        ("transformers:some/evil", "config.json", {"model_type": "vit", "attn_implementation": "evil/kernel"},
+         "code from elsewhere"),
+        ("timm:hf-hub:some/evil", "config.json",
+         {"architecture": "test_vit", "model_args": {"checkpoint_path": "evil.pth"}, "pretrained_cfg": {}},
+         "checkpoint_path"),
+        ("open_clip:hf-hub:some/evil", "open_clip_config.json",
+         {"model_cfg": {**CLIP, "vision_cfg": {"timm_model_name": "local-dir:evil"}}, "preprocess_cfg": {}},
+         "no architecture"),
+    ],
+)  # fmt: skip
+def test_a_repository_is_looked_at_like_a_directory(
+    place: Path, monkeypatch: pytest.MonkeyPatch, source: str, file: str, config: dict[str, Any], match: str
+) -> None:
+    from huggingface_hub import constants
+
+    pytest.importorskip(source.partition(":")[0])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    _cached(place / "hub", {file: json.dumps(config)})
+    with pytest.raises(CheckpointError, match=match):
+        anypatch.load(source, cache_dir=str(place / "hub"))

@@ -6,6 +6,7 @@ What a configuration may say is its host library's business; this is what no con
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ COUNTS = re.compile(
     r"(^|_)(depths?|layers|blocks|experts|heads|stages|queries|num_hidden_layers|num_layers|n_layers?|num_layer)$"
 )
 MAX_COUNT = 10_000  # a hundred times what the largest have
+# Of which transformers makes a table of names, whether or not there is a head.
+LABELS = re.compile(r"(^|_)num_labels$")
+MAX_LABELS = 1 << 20  # ImageNet-21k has 21,843
 MAX_SIDE = 1 << 40  # any whole number: above it, a product of two overflows what torch counts in
 # Not a name but a place, for any library: a directory, a drive, an address, a prefix that says where from.
 PLACE = re.compile(r"[/\\:]|^[.~]")
@@ -60,6 +64,8 @@ def read_config(path: Path) -> dict[str, Any]:
             name = next((k for k in reversed(keys) if isinstance(k, str)), "")
             if COUNTS.search(name) and value > MAX_COUNT:
                 raise CheckpointError(f"{path}: {name} is {value}, and no model has more than {MAX_COUNT}")
+            if LABELS.search(name) and value > MAX_LABELS:
+                raise CheckpointError(f"{path}: {name} is {value}, and no model has more than {MAX_LABELS}")
             if abs(value) > MAX_SIDE:
                 raise CheckpointError(f"{path}: {name} is {value}, which is no size of a model")
     return config
@@ -116,3 +122,15 @@ def require_name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value or PLACE.search(value):
         raise CheckpointError(f"{where} names {str(value)[:100]!r}, which is no architecture of the library's own")
     return value
+
+
+def require_file_name(value: Any, where: str) -> str:
+    """The name of a file beside the one that says it; not a place elsewhere.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    plain = isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")
+    if not plain or (os.name == "nt" and ":" in value):
+        raise CheckpointError(f"{where} names a file outside the directory: {str(value)[:200]!r}")
+    return str(value)

@@ -239,7 +239,7 @@ def read_archive(path: Path) -> Any:
     """
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         which = identity(file)
-        _require_stored(path, archive, which[2])
+        require_stored(path, archive, which[2])
         name = next(n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl"))
         root = name[: -len("data.pkl")]
         data = archive.read(name)
@@ -287,10 +287,13 @@ def _swapped(values: Tensor) -> Tensor:
     return values.view(torch.uint8).reshape(-1, width).flip(1).reshape(-1).view(values.dtype)
 
 
-def _require_stored(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+def require_stored(path: Path, archive: zipfile.ZipFile, size: int) -> None:
     """torch stores its records as they are; a compressed one would be a way to fill the memory.
 
     A script's code may be compressed, and is not read.
+
+    Raises:
+        CheckpointError: one is compressed, or larger than the file.
     """
     for info in archive.infolist():
         if "/code/" in info.filename:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from anypatch.errors import CheckpointError
-from anypatch.files.configs import read_json
+from anypatch.files.configs import read_json, require_file_name
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import BITS, Entry, Header, map_tensors, read_header
 from anypatch.files.opening import open_regular, require_unchanged
@@ -218,6 +218,23 @@ class Shards:
         return result
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """Which of the files beside it each tensor is in.
+
+    Raises:
+        CheckpointError: it is damaged, or names a file that is missing or somewhere else.
+    """
+    index = read_json(path)
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{path} is damaged: it has no weight_map")
+    for shard in dict.fromkeys(table.values()):
+        require_file_name(shard, str(path))
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(f"{path} names {shard[:200]}, which is missing")
+    return index
+
+
 def read_shards(source: Path) -> Shards:
     """What a directory's weights are, in one file or several.
 
@@ -228,17 +245,9 @@ def read_shards(source: Path) -> Shards:
         if not (source / SINGLE).is_file():
             raise CheckpointError(f"{source} holds neither {SINGLE} nor {INDEX}")
         return Shards({SINGLE: read_header(source / SINGLE)})
-    index = read_json(source / INDEX)
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
-        raise CheckpointError(f"{source / INDEX} is damaged: it has no weight_map")
-    headers: dict[str, Header] = {}
-    for shard in dict.fromkeys(table.values()):
-        if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{source / INDEX} names a file outside the directory: {shard!r}")
-        if not (source / shard).is_file():
-            raise CheckpointError(f"{source / INDEX} names {shard}, which is missing")
-        headers[shard] = read_header(source / shard)
+    index = read_index(source / INDEX)
+    table = index["weight_map"]
+    headers = {shard: read_header(source / shard) for shard in dict.fromkeys(table.values())}
     for name, shard in table.items():
         if name not in headers[shard].entries:
             raise CheckpointError(f"{source / INDEX} says that {name!r} is in {shard}, and it is not")

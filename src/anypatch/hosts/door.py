@@ -11,6 +11,7 @@ from torch import nn
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.hosts.base import Host
 from anypatch.hosts.plausible import held_against, weights_size
+from anypatch.hosts.vetting import folder_of, require_readable
 
 # Words in the messages of huggingface_hub, transformers, urllib and torch.hub when nothing answered. Only they choose
 # the advice; the error is the same without it.
@@ -95,6 +96,9 @@ def load(host: Host, name: str, **host_kwargs: Any) -> nn.Module:
     source = f"{host.prefix or host.name}:{name}"
     if "arch" in host_kwargs:
         raise UnsupportedModelError(f"arch is for checkpoint files: {source} says itself what it is")
+    folder = folder_of(name, host_kwargs)
+    if folder is not None:
+        require_readable(folder)
     with speaking_for(host.name, name), held_against(weights_size(host, name, host_kwargs), name):
         pretrained = host_kwargs.get("pretrained", True)
         if pretrained is False or pretrained is None:

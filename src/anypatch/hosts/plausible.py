@@ -9,8 +9,11 @@ from typing import Any
 
 from anypatch.core.limits import LimitError, Loading
 from anypatch.errors import CheckpointError
+from anypatch.files.configs import read_json
 from anypatch.hosts.base import Host
+from anypatch.hosts.vetting import folder_of
 
+ADAPTER = "adapter_config.json"
 PATIENCE = 10  # seconds for the hub to say how large a repository is, before its files are asked for anyway
 # A snapshot in the cache that is smaller holds the configuration and waits for its weights.
 ALONE = 1 << 20
@@ -45,12 +48,16 @@ def weights_size(host: Host, name: str, options: Mapping[str, Any]) -> int | Non
         name: as its loader takes it.
         options: of the loader.
     """
-    folder = Path(name.removeprefix("local-dir:"), options.get("subfolder") or "")
-    if folder.is_dir():
-        # weights of an adapter, whose model is elsewhere: the library reads that one's own configuration
-        return None if (folder / "adapter_config.json").exists() else _folder_size(folder)
-    found = host.repository(name)
-    return None if found is None else _repository_size(*found, options)
+    folder = folder_of(name, options)
+    if folder is None:
+        found = host.repository(name)
+        return None if found is None else _repository_size(*found, options)
+    size, adapter = _folder_size(folder), folder / ADAPTER
+    if not adapter.is_file() or (folder / "config.json").is_file():
+        return size
+    base = read_json(adapter).get("base_model_name_or_path")  # the model that the adapter is for
+    more = weights_size(host, base, {}) if isinstance(base, str) and folder_of(base, {}) != folder else None
+    return None if more is None else size + more
 
 
 def _folder_size(folder: Path) -> int:

@@ -33,9 +33,17 @@ from anypatch.hosts.folders import is_format
 from anypatch.hosts.open_clip.config import LOCAL, REMEMBERED, TOWER, construct, model_config
 from anypatch.hosts.open_clip.fitting import candidates, fit, from_config
 from anypatch.hosts.open_clip.model import NAME, image_tower
-from anypatch.hosts.open_clip.safety import CONFIG, HUB, require_no_code, require_safe, require_weights
+from anypatch.hosts.open_clip.safety import (
+    CONFIG,
+    HUB,
+    require_no_code,
+    require_safe,
+    require_safe_config,
+    require_weights,
+)
 from anypatch.hosts.opened import Opened, changed_tensors, dump
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
+from anypatch.hosts.vetting import repository_file
 
 __all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "repository", "save"]
 
@@ -130,8 +138,13 @@ def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dic
 
     if Path(name, CONFIG).is_file():
         name = LOCAL + name
+    found = repository(name)
     if name.startswith(LOCAL):
         require_safe(Path(name[len(LOCAL) :]))
+    elif found is not None:
+        path = repository_file(*found, {"revision": name.partition("@")[2] or None, **host_kwargs})
+        if path is not None:
+            require_safe_config(path)
     identifier, pretrained = name, None
     if not name.startswith((LOCAL, HUB)):
         identifier, _, tag = name.partition("/")

@@ -22,14 +22,17 @@ def require_safe(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or names a place: another directory, a file, an address.
     """
-    path = directory / CONFIG
+    return require_safe_config(directory / CONFIG, directory / TOWER)
+
+
+def require_safe_config(path: Path, tower: Path | None = None) -> dict[str, Any]:
+    """The same of a configuration alone, and the directory beside it in which a timm tower may be described."""
     cfg = read_config(path).get("model_cfg")
     vision = cfg.get("vision_cfg") if isinstance(cfg, dict) else None
     if not isinstance(cfg, dict) or not isinstance(vision, dict) or not isinstance(cfg.get("text_cfg"), dict):
         raise CheckpointError(f"{path} has no model_cfg with a vision_cfg and a text_cfg")
-    tower = directory / TOWER
-    inside = (tower / "config.json").is_file()
-    if inside:
+    inside = tower is not None and (tower / "config.json").is_file()
+    if tower is not None and inside:
         checked_folder(tower)  # it is read instead of the place that the configuration says
     for keys, value in entries(cfg, path):
         key = str(keys[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from anypatch.hosts.timm.fitting import fit
 from anypatch.hosts.timm.inference import candidates
 from anypatch.hosts.timm.model import sizes_of
 from anypatch.hosts.timm.private import core_of, recorded, with_classes, write_config
-from anypatch.hosts.timm.safety import LOCAL, checked_folder
+from anypatch.hosts.timm.safety import LOCAL, checked_folder, described
 from anypatch.hosts.timm.stems import NAME, stem_of, title_of
+from anypatch.hosts.vetting import repository_file
 
 __all__ = ["build", "candidates", "fit", "load", "names", "names_folder", "open_folder", "repository", "save"]
 
@@ -86,7 +88,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def load(name: str, **host_kwargs: Any) -> nn.Module:
     import timm
 
-    _require_known(name)
+    _require_known(name, host_kwargs)
     host_kwargs.setdefault("pretrained", True)
     return timm.create_model(name, **host_kwargs)
 
@@ -94,7 +96,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
 def build(name: str, **host_kwargs: Any) -> nn.Module:
     import timm
 
-    _require_known(name)
+    _require_known(name, host_kwargs)
     return timm.create_model(name, pretrained=False, **host_kwargs)
 
 
@@ -104,11 +106,16 @@ def names() -> list[str]:
     return timm.list_models()
 
 
-def _require_known(name: str) -> None:
+def _require_known(name: str, options: Mapping[str, Any]) -> None:
     import timm
 
+    found = repository(name)
     if name.startswith(LOCAL):
         checked_folder(Path(name.partition(":")[2]))
+    elif found is not None:
+        path = repository_file(*found, {"revision": name.partition("@")[2] or None, **options})
+        if path is not None:
+            described(read_config(path), path)
     elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown(NAME, name, names())
 

@@ -16,14 +16,13 @@ from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.errors import UnsupportedModelError
 from anypatch.files.atomic import copy_whole
-from anypatch.files.configs import read_config
 from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import require_rebuilds
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import candidates, fit
 from anypatch.hosts.transformers.model import make, subject
 from anypatch.hosts.transformers.opening import open_folder
-from anypatch.hosts.transformers.safety import require_safe
+from anypatch.hosts.transformers.safety import is_adapter, require_model, require_safe_source
 
 __all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
 
@@ -34,8 +33,8 @@ _SOURCES: weakref.WeakKeyDictionary[nn.Module, tuple[str, Geometry, dict[str, An
 
 
 def names_folder(path: Path) -> str | None:
-    """A directory in transformers' format."""
-    return str(path) if is_format(path, NAME) else None
+    """A directory in transformers' format, or one of an adapter, whose error says what to do with it."""
+    return str(path) if is_format(path, NAME) or is_adapter(path) else None
 
 
 def load(name: str, **host_kwargs: Any) -> nn.Module:
@@ -51,7 +50,8 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
         del host_kwargs["pretrained"]
     _require_safe(name, host_kwargs)
     kind = _given_class(host_kwargs)
-    if kind is None:
+    if kind is None:  # a class of the caller's follows an adapter to its model
+        require_model(name, host_kwargs)
         about = {k: v for k, v in host_kwargs.items() if k in HUB}
         kind = _saved_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
     model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
@@ -64,12 +64,10 @@ def _require_safe(name: str, host_kwargs: dict[str, Any]) -> None:
     """Run no code of a directory or a repository unless the caller says so; without a word, transformers asks for it.
 
     Raises:
-        CheckpointError: the directory's configuration says what to open or run besides the model it describes.
+        CheckpointError: a configuration says what to open or run besides the model it describes.
     """
     host_kwargs.setdefault("trust_remote_code", False)
-    folder = Path(name, host_kwargs.get("subfolder") or "")
-    if folder.is_dir() and (folder / "config.json").exists():
-        require_safe(read_config(folder / "config.json"), folder / "config.json")
+    require_safe_source(name, host_kwargs)
 
 
 def build(name: str, **host_kwargs: Any) -> nn.Module:
@@ -77,6 +75,7 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
     import transformers
 
     _require_safe(name, host_kwargs)
+    require_model(name, host_kwargs)
     kind = _given_class(host_kwargs)
     making: dict[str, Any] = {
         k: host_kwargs.pop(k) for k in ("dtype", "torch_dtype", "attn_implementation") if k in host_kwargs
@@ -166,7 +165,8 @@ def _under_own_names(model: nn.Module) -> nn.Module:
         return model
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    known = [_translates(conversion) for conversion in get_model_conversion_mapping(model)]
+    live: Any = model
+    known = [_translates(conversion) for conversion in get_model_conversion_mapping(live)]
     if all(_translates(conversion) in known for conversion in used):
         return model
     result = copy.copy(model)  # of the module alone: the live one keeps what it remembers

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from anypatch.core.empty import empty
 from anypatch.errors import CheckpointError
-from anypatch.files.configs import read_config
 from anypatch.files.reading import Checkpoint
 from anypatch.files.tensors import listed
 from anypatch.files.wrappers import rooted
-from anypatch.hosts.transformers.safety import require_safe
+from anypatch.hosts.transformers.safety import require_safe_source
 
 
 def fit(name: str, checkpoint: Checkpoint, **host_kwargs: Any) -> nn.Module:
@@ -72,8 +70,7 @@ def class_of(name: str, config: Any = None) -> tuple[Any, Any]:
 
     if config is None:
         try:
-            if (path := Path(name, "config.json")).exists():
-                require_safe(read_config(path), path)
+            require_safe_source(name, {})
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         except CheckpointError:
             raise

@@ -19,6 +19,7 @@ from anypatch.files.shards import INDEX, Shards, read_shards
 from anypatch.hosts.opened import Opened, dump, merged
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import class_of
+from anypatch.hosts.transformers.safety import require_model
 
 
 def open_folder(source: Path) -> Opened:
@@ -28,6 +29,7 @@ def open_folder(source: Path) -> Opened:
         CheckpointError: the directory is damaged or incomplete, or its configuration gives no model.
         UnsupportedModelError: transformers is not installed.
     """
+    require_model(str(source), {})
     raw = read_config(source / "config.json")
     shards = read_shards(source)
     try:

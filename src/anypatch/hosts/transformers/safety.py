@@ -1,22 +1,64 @@
-"""What may stand in a directory of transformers' format."""
+"""What may stand in a directory or a repository of transformers' format."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from anypatch.errors import CheckpointError
-from anypatch.files.configs import PLACE, entries
+from anypatch.files.configs import PLACE, entries, read_config, require_file_name
 from anypatch.hosts.timm.safety import require_nested
+from anypatch.hosts.vetting import repository_file, require_readable
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+# Texts of an adapter's configuration that are patterns of names, in which a dot or a backslash is no place.
+PATTERNS = frozenset(
+    ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters", "rank_pattern")
+)
+BASE = "base_model_name_or_path"
+
+
+def require_safe_source(name: str, options: Mapping[str, Any], before: tuple[Path, ...] = ()) -> None:
+    """Look at all that transformers would fetch, open or run on the word of a directory or a repository.
+
+    Args:
+        name: as its loader takes it.
+        options: of the loader, which say which revision and where.
+        before: directories of adapters that led here.
+
+    Raises:
+        CheckpointError: something in it says more than what model it holds.
+    """
+    folder = Path(name, options.get("subfolder") or "")
+    local = folder.is_dir()
+    if local:
+        if folder.resolve() in before:
+            raise CheckpointError(f"{folder / ADAPTER} names itself as the model that it is for")
+        if before:
+            require_readable(folder)
+    config = folder / CONFIG if local else repository_file(name, CONFIG, options)
+    if config is not None and config.is_file():
+        require_safe(read_config(config), config)
+    path = folder / ADAPTER if local else repository_file(name, ADAPTER, options)
+    if path is None or not path.is_file():
+        return
+    base = require_safe_adapter(read_config(path), path)
+    if base is not None and not (local and config is not None and config.is_file()):
+        # a model of its own, which is read for it
+        require_safe_source(base, {"cache_dir": options.get("cache_dir")}, (*before, folder.resolve()))
 
 
 def require_safe(config: dict[str, Any], path: Path) -> None:
     """Look at what transformers would fetch, open or run on the word of a configuration, at any depth.
 
     Raises:
-        CheckpointError: a backbone that is a place, a kernel from a hub, or an argument of timm's that opens a file.
+        CheckpointError: a backbone that is somewhere else, a kernel from a hub, a file outside, or an argument of
+            timm's that opens one.
     """
     require_nested(config, path)
+    if config.get("transformers_weights") is not None:  # which of the files beside it has the weights
+        require_file_name(config["transformers_weights"], f"{path}: transformers_weights")
     for keys, value in entries(config, path):
         key = str(keys[-1])
         if not isinstance(value, str):
@@ -24,6 +66,64 @@ def require_safe(config: dict[str, Any], path: Path) -> None:
         # "repository/kernel" there is compiled code that transformers fetches and runs
         if key.endswith(("attn_implementation", "experts_implementation")) and PLACE.search(value):
             raise CheckpointError(f"{path}: {key} is {value[:100]!r}, which is code from elsewhere")
-        # a name of timm's has no slash, a name on a hub one
-        if key in ("backbone", "architecture") and (value.count("/") > 1 or PLACE.search(value.replace("/", "", 1))):
+        # of timm a name has no slash; one on a hub has, and its configuration would be fetched
+        if key in ("backbone", "architecture") and (value[:1] == "/" or PLACE.search(value.replace("/", "", 1))):
             raise CheckpointError(f"{path}: {key} is {value[:100]!r}, which is no name but a place")
+        if key == "backbone" and "/" in value and not _has_backbone(config, keys):
+            raise CheckpointError(
+                f"{path}: backbone is {value[:100]!r}, whose configuration is elsewhere: write it into {path.name} as "
+                f"backbone_config"
+            )
+
+
+def _has_backbone(config: Any, keys: tuple[Any, ...]) -> bool:
+    """Whether the table that names a backbone describes it, too."""
+    for key in keys[:-1]:
+        config = config[key]
+    return isinstance(config.get("backbone_config"), dict)
+
+
+def require_safe_adapter(config: dict[str, Any], path: Path) -> str | None:
+    """Look at what PEFT would open or import on the word of an adapter's configuration.
+
+    Returns:
+        the model that it is for, where it says.
+
+    Raises:
+        CheckpointError: it names a file, or a module to import.
+    """
+    for keys, value in entries(config, path):
+        if not isinstance(value, str) or set(map(str, keys)) & PATTERNS or keys == (BASE,):
+            continue
+        if PLACE.search(value):
+            raise CheckpointError(
+                f"{path}: {'.'.join(map(str, keys))} is {value[:100]!r}, which is no name but a place"
+            )
+    if config.get("megatron_config") is not None:  # then PEFT imports what megatron_core names
+        raise CheckpointError(f"{path}: megatron_config asks to import {str(config.get('megatron_core'))[:100]!r}")
+    base = config.get(BASE)
+    if base is not None and (not isinstance(base, str) or "\0" in base):
+        raise CheckpointError(
+            f"{path}: {BASE} is {str(base)[:100]!r}, which is neither a directory nor a name on a hub"
+        )
+    return base or None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds an adapter of PEFT and no model."""
+    return (folder / ADAPTER).is_file() and not (folder / CONFIG).exists()
+
+
+def require_model(name: str, options: Mapping[str, Any]) -> None:
+    """A directory holds more than an adapter.
+
+    Raises:
+        CheckpointError: it does not; the message says what to load.
+    """
+    folder = Path(name, options.get("subfolder") or "")
+    if is_adapter(folder):
+        base = read_config(folder / ADAPTER).get(BASE)
+        raise CheckpointError(
+            f"{folder} holds an adapter for {str(base)[:200]} and no model: load that, and put the adapter on it with "
+            f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
+        )
