@@ -27,7 +27,7 @@ from torch.nn import functional
 import dinov2
 from anypatch.adaptation import adapt
 from anypatch.core.kernels import Interpolate, Method, Pi, Wiener, resize_kernel
-from anypatch.core.spectra import PixelStatistics
+from anypatch.measure.spectra import PixelStatistics
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD, GRID = dinov2.PATCH, 16

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from anypatch.core.geometry import Geometry
     from anypatch.core.kernels import Interpolate, Pi, Wiener, resize_kernel
     from anypatch.core.limits import memory_limit
-    from anypatch.core.spectra import PixelStatistics
     from anypatch.flexibility import flexible
+    from anypatch.measure.spectra import PixelStatistics
     from anypatch.measure.sweep import SweepResult, sweep
     from anypatch.proof import Check, check
     from anypatch.sources import load, push_to_hub, save
@@ -40,7 +40,7 @@ _LAZY = {
     "save": "anypatch.sources",
     "push_to_hub": "anypatch.sources",
     "convert": "anypatch.conversion",
-    "PixelStatistics": "anypatch.core.spectra",
+    "PixelStatistics": "anypatch.measure.spectra",
     "memory_limit": "anypatch.core.limits",
     "tune": "anypatch.tuning.running",
     "TuneResult": "anypatch.tuning.result",

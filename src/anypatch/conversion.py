@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,13 @@ from anypatch.hosts import cards
 from anypatch.hosts.checkpoints import architecture, fit
 from anypatch.hosts.folders import without_formats
 from anypatch.hosts.opened import changed_tensors
+from anypatch.report.progress import shown_progress
 
 # Weights in other formats: not converted, and stale beside converted ones.
 STALE = re.compile(
     r"(\.bin|\.bin\.index\.json|\.h5|\.msgpack|\.onnx|\.onnx_data|\.pt|\.pth|\.ckpt|\.npz|\.tflite|\.gguf|\.ot)$"
 )
+WORTH_A_BAR = 64 << 20  # bytes: less is written in a tenth of a second
 
 
 def convert(
@@ -254,14 +255,13 @@ def _other_files(source: Path, written: set[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar by bytes on a terminal, for what takes long enough to look at."""
-    if total < 64 << 20 or not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    """What to call with a number of bytes, for work that takes long enough to look at."""
+    done = 0
+    with shown_progress(None if total >= WORTH_A_BAR else False) as shown:
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            shown(f"writing {what}, megabytes", done >> 20, total >> 20)
+
+        yield count

@@ -20,6 +20,7 @@ from anypatch.errors import GeometryError
 # Bytes of the buffers of one model. BEiT-large at 1024 pixels, the most that any known model takes at a size that
 # people use, has 3 GB of indices of relative positions; four times its area takes 16 times as much.
 DEFAULT = 4 << 30
+STEP = 64 << 20  # bytes between two looks at a sum that grows by small parts: one in 64 of the bound
 COUNTED = 1 << 20  # bytes of a tensor that is counted by itself: 4,096 of them stay below the bound
 # Tensors of one model. The largest mixtures of experts have 70,000, one for each matrix of each expert; every one of
 # them costs memory and time even where it is empty.
@@ -124,7 +125,8 @@ class Bounded(TorchFunctionMode):
     def _multiplies(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether inputs could broadcast, or be copied, to what matters."""
         sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return 16 * math.prod(max(size, 1) for size in sizes) > min(self.bound, 64 * COUNTED)
+        # 16 bytes, of a complex number: the most that an element takes
+        return 16 * math.prod(max(size, 1) for size in sizes) > min(self.bound, STEP)
 
     def _require(self, size: int) -> None:
         """That the bound is kept with ``size`` bytes more, if they are many enough to count."""
@@ -174,7 +176,7 @@ class Loading(Bounded):
     def _add_small(self, size: int) -> None:
         self._small += size
         if self._small > self._looked:
-            self._looked = self._small + 64 * COUNTED
+            self._looked = self._small + STEP
             self._require_all(0)
 
     def _says(self, total: int) -> str:

@@ -294,7 +294,7 @@ def _grids(case: Case) -> Iterator[tuple[Size, Size]]:
             yield old[:1], new[:1]
     yield from _pairs(case)
     if old is not None and new is not None:
-        for factor in (2, 4, 8, 16):
+        for factor in (2, 4, 8, 16):  # of the grids that stages merge to: four halvings leave a 14x14 grid none
             if all(s % factor == 0 for s in (*old, *new)):
                 yield tuple(s // factor for s in old), tuple(s // factor for s in new)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from anypatch.errors import CheckpointError
 from anypatch.files.opening import first_line, open_regular
 
-MAX_INFLATION = 64  # a compressed archive may not unpack to more than this many times its size (plus a little)
+MAX_INFLATION = 64  # a compressed archive may not unpack to more than this many times its size, and a little
+SMALL = 16 << 20  # bytes: so that an archive of zeros may be small
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
         size = os.fstat(opened.fileno()).st_size
         total = sum(info.file_size for info in archive.infolist())
-        if total > MAX_INFLATION * size + (16 << 20):
+        if total > MAX_INFLATION * size + SMALL:
             raise CheckpointError(f"{path} would unpack to {total} bytes from {size}: it is damaged or malicious")
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anypatch.core.pixels import as_rgb
 from anypatch.errors import DataError
 from anypatch.measure.images import TEST, TRAIN, Data, ImageSet, listed, split
+from anypatch.measure.pixels import as_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,13 +13,13 @@ from torch import nn
 
 from anypatch.adaptation import describe
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
-from anypatch.core.pixels import as_rgb
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import AnypatchError, DataError
 from anypatch.measure.decoding import reason
 from anypatch.measure.features import Reader, at_geometry, dtype_of
 from anypatch.measure.job import on_device
 from anypatch.measure.loading import load_model
+from anypatch.measure.pixels import as_rgb
 from anypatch.measure.preprocess import preprocess_of
 from anypatch.measure.processes import best_device, usable
 from anypatch.measure.targets import Asked, show_side, targets_of

@@ -64,7 +64,7 @@ def entries(holder: Any, depth: int = 0) -> Iterator[tuple[Any, str, Any]]:
             continue
         yield mapping, name, value
         items = value if isinstance(value, list) else [value]
-        for item in items[:64]:
+        for item in items:
             if depth < 2 and _holds_values(item):
                 yield from entries(item, depth + 1)
 

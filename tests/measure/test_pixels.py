@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anypatch.core.pixels import as_rgb
-from anypatch.core.spectra import PixelStatistics
 from anypatch.errors import DataError
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.decoding import decode
 from anypatch.measure.opening import unlabelled
+from anypatch.measure.pixels import as_rgb
+from anypatch.measure.spectra import PixelStatistics
 from anypatch.measure.view import view
 from builders import picture
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from anypatch.core.kernels import Wiener, resize_kernel
-from anypatch.core.spectra import PixelStatistics
 from anypatch.errors import GeometryError
+from anypatch.measure.spectra import PixelStatistics
 
 
 def noise_images(slope: float, count: int, side: int = 256, seed: int = 0) -> list[np.ndarray]:

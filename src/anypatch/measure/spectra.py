@@ -6,8 +6,9 @@ follow closely; images that do not (text, microscopy, radar) can be measured ins
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from torch import Tensor
 
 from anypatch.core.kernels import Wiener
 from anypatch.errors import GeometryError
+from anypatch.measure.folders import images_under
+from anypatch.measure.pixels import as_rgb
+from anypatch.report.progress import shown_progress
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 BINS = 48  # between the two below, five to an octave: finer than a spectrum of photographs has features
 LOWEST, HIGHEST = 1 / 256, 4.0  # cycles per pixel of the model's image
+LEAST = 16  # pixels of a side: below, a window leaves no frequency to tell from another
+AT_ONCE = 1 << 22  # values in one Fourier transform, which takes eight bytes and more for each
 LARGEST = 2048  # longer sides are cut: memory stays bounded by one image of this size
 
 
@@ -84,11 +89,11 @@ class PixelStatistics(Wiener):
             raise GeometryError(f"image_size is a positive int, not {image_size!r}")
         edges = np.geomspace(LOWEST, HIGHEST, BINS + 1)
         total, count, used = np.zeros(BINS), np.zeros(BINS), 0
-        for image in _progress(_open_all(images, limit), progress):
+        for image in _reported(_found(images), limit, progress):
             pixels = _array(image)
             scale = min(pixels.shape[:2]) / image_size  # pixels of the file per pixel of the model's image
             pixels = pixels[:LARGEST, :LARGEST]
-            if min(pixels.shape[:2]) < 16:
+            if min(pixels.shape[:2]) < LEAST:
                 continue
             used += 1
             for axis in (0, 1):
@@ -99,7 +104,7 @@ class PixelStatistics(Wiener):
                 count += np.bincount(place[inside], minlength=BINS)
         found = (count > 0) & (total > 0)
         if found.sum() < 2:
-            raise GeometryError(f"no image to measure among {used} of at least 16 pixels with any contrast")
+            raise GeometryError(f"no image to measure among {used} of at least {LEAST} pixels with any contrast")
         powers = total[found] / count[found]
         middle = np.sqrt(edges[:-1] * edges[1:])[found]
         return cls(
@@ -118,29 +123,34 @@ def _periodogram(pixels: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]
     window = np.hanning(length + 2)[1:-1]
     lines = (lines - lines.mean(-1, keepdims=True)) * window
     power = np.zeros(length // 2 + 1)
-    for part in np.array_split(lines, math.ceil(lines.size / 2**22)):
+    for part in np.array_split(lines, math.ceil(lines.size / AT_ONCE)):
         power += np.square(np.abs(np.fft.rfft(part))).sum(0)
     return np.fft.rfftfreq(length)[2:], power[2:] / (len(lines) * np.square(window).sum())
 
 
-def _open_all(images: Path | str | Iterable[Any], limit: int | None) -> Iterator[Any]:
-    if isinstance(images, str | Path):
-        folder = Path(images)
-        if not folder.is_dir():
-            raise GeometryError(f"{folder} is not a folder of images")
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    for number, image in enumerate(images):
-        if number == limit:
-            return
-        yield image
+def _found(images: Path | str | Iterable[Any]) -> Iterable[Any]:
+    if not isinstance(images, str | Path):
+        return images
+    folder = Path(images)
+    if not folder.is_dir():
+        raise GeometryError(f"{folder} is not a folder of images")
+    return images_under(folder)
+
+
+def _reported(images: Iterable[Any], limit: int | None, show: bool) -> Iterator[Any]:
+    """The first ``limit`` images, and progress as they are taken, if it is known how many there are."""
+    total = len(images) if isinstance(images, Sized) else limit
+    total = total if limit is None or total is None else min(total, limit)
+    with shown_progress(None if show and total is not None else False) as progress:
+        for number, image in enumerate(itertools.islice(images, limit), 1):
+            yield image
+            progress("measuring images", number, total or 0)
 
 
 def _array(image: Any) -> np.ndarray:
     """Pixels (h, w, c) in float32 from a path, a PIL image, a tensor or an array."""
     if isinstance(image, str | Path):
         from PIL import Image
-
-        from anypatch.core.pixels import as_rgb
 
         with Image.open(image) as file:
             image = as_rgb(file)
@@ -149,11 +159,3 @@ def _array(image: Any) -> np.ndarray:
     if pixels.ndim != 3:
         raise GeometryError(f"an image is an array (height, width[, channels]), not of shape {pixels.shape}")
     return pixels
-
-
-def _progress(items: Iterator[Any], show: bool) -> Iterable[Any]:
-    if not show:
-        return items
-    from rich.progress import track
-
-    return track(items, description="Measuring images", total=None)
