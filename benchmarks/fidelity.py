@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OLD, GRID = dinov2.PATCH, 16
 IMAGE = OLD * GRID
 PATCHES = (7, 8, 10, 12, 16, 20, 21, 24, 28, 32)
-DEBIAN = (Path("/"), dinov2.CACHE / "debian")
+DEBIAN = (Path("/"), dinov2.CACHE / "debian", dinov2.CACHE / "photographs/mate-backgrounds")
 WALLPAPERS = ("Blinds", "Dune", "Garden", "GreenMeadow", "LadyBird", "Storm", "TwoWings", "YellowFlower")
 
 Kernel = Callable[[Tensor, int], Tensor]

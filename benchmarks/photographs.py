@@ -13,6 +13,8 @@ anypatch.
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -37,6 +39,13 @@ TRAINING = (
     "lomiri-wallpapers-20.04",
     "gnome-backgrounds",
 )
+# Photographs inside the learning games of `gcompris-qt-data`, by the archive (Qt's `.rcc`) that holds them.
+GAMES = "gcompris-qt-data"
+ARCHIVES = (
+    "categorization", "clickgame", "details", "erase", "explore_farm_animals", "explore_monuments",
+    "explore_world_animals", "explore_world_music",
+)  # fmt: skip
+TEMPLATES = "tuxpaint-data"  # photographs to draw on
 TESTING = ("mate-backgrounds/usr/share/backgrounds/mate/nature",)  # the package's other folders are drawings
 # A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
 CLASSES = {
@@ -51,6 +60,8 @@ CLASSES = {
     "instruments": ("hobbies/music",),
     "town": ("town/monuments", "town/houses", "town"),
 }
+MAGIC = re.compile(rb"\xff\xd8\xff|RIFF....WEBP|\x89PNG\r\n\x1a\n", re.DOTALL)
+SMALLEST = 240  # pixels of a photograph's shorter side
 LEFT_OUT = {"cartoon", "symbols", "plastic", "flags", "roadsigns"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -96,6 +107,27 @@ def backgrounds(folders: Sequence[str] = TRAINING) -> list[Path]:
             if key not in found or path.stat().st_size > found[key].stat().st_size:
                 found[key] = path
     return list(found.values())
+
+
+def photographs() -> list[Image.Image]:
+    """Photographs that train beside the wallpapers: animals, monuments, tools, landscapes; RGB.
+
+    Qt's archives hold JPEG, WebP and PNG files as they are, so they are found by their first bytes.
+    """
+    found = []
+    for archive in ARCHIVES:
+        content = (fetch(GAMES) / "usr/share/gcompris-qt/rcc" / f"{archive}.rcc").read_bytes()
+        for match in MAGIC.finditer(content):
+            try:
+                with Image.open(io.BytesIO(content[match.start() :])) as image:
+                    if min(image.size) >= SMALLEST and image.convert("RGBA").getextrema()[3][0] > 250:
+                        found.append(image.convert("RGB"))
+            except OSError:  # bytes that look like a file's first
+                continue
+    for path in sorted((fetch(TEMPLATES) / "usr/share/tuxpaint/templates").glob("*.jpg")):
+        with Image.open(path) as image:
+            found.append(image.convert("RGB"))
+    return found
 
 
 def stamps(half: int | None = None) -> list[Stamp]:

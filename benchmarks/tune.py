@@ -37,7 +37,8 @@ Figures = dict[str, float]
 
 
 def training() -> Path:
-    """The folder that is learned from: wallpapers, and the training half of the stamps pasted on crops of them."""
+    """The folder that is learned from: photographs, wallpapers, and the training half of the stamps pasted on crops of
+    wallpapers."""
     if not TRAIN.exists():
         partial = TRAIN.with_name("partial")
         partial.mkdir(parents=True, exist_ok=True)
@@ -45,16 +46,19 @@ def training() -> Path:
         for number, path in enumerate(paths):
             with Image.open(path) as image:
                 image.draft("RGB", (KEPT, KEPT))
-                whole = image.convert("RGB")
-            share = KEPT / min(whole.size)
-            whole.resize((round(whole.width * share), round(whole.height * share)), reducing_gap=2.0).save(
-                partial / f"wallpaper-{number:03d}.jpg", quality=95
-            )
+                _small(image.convert("RGB")).save(partial / f"wallpaper-{number:03d}.jpg", quality=95)
+        for number, photograph in enumerate(photographs.photographs()):
+            _small(photograph).save(partial / f"photograph-{number:03d}.jpg", quality=95)
         members = photographs.stamps(half=0)
         for number, scene in enumerate(photographs.scenes(members, 2 * IMAGE, paths, seed=1)[0]):
             Image.fromarray(scene).save(partial / f"scene-{number:03d}.jpg", quality=95)
         partial.rename(TRAIN)
     return TRAIN
+
+
+def _small(image: Image.Image) -> Image.Image:
+    share = min(KEPT / min(image.size), 1)
+    return image.resize((round(image.width * share), round(image.height * share)), reducing_gap=2.0)
 
 
 def native(host: str) -> torch.nn.Module:

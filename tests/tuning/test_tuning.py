@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 import anypatch
 from anypatch import AnypatchError, CheckpointError, DataError, GeometryError, UnsupportedModelError
-from anypatch.hosts.images import Features
+from anypatch.hosts.blocks import Tokens
+from anypatch.hosts.images import Features, Preprocess
 from anypatch.proof import randomise
 from anypatch.tuning import schedule
 from anypatch.tuning.checkpoint import FILE
 from anypatch.tuning.crops import drawn_image, random_box
+from anypatch.tuning.data import Feed, split
 from anypatch.tuning.distance import distances
+from anypatch.tuning.pool import Pool
+from anypatch.tuning.said import Said
 
 OPTIONS: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "device": "cpu", "progress": False}
 
@@ -451,7 +455,8 @@ def test_crops_lie_inside() -> None:
     random = np.random.default_rng(0)
     for width, height in ((80, 64), (10, 400), (400, 10)):
         for _ in range(50):
-            left, top, right, bottom = random_box(width, height, random, 1.0)
+            left, top, right, bottom = random_box(width, height, random, 1.0, 3000)
+            assert (right - left) * (bottom - top) >= 3000 * 0.999 or (width, height) != (80, 64)
             assert 0 <= left < right <= width + 1e-9
             assert 0 <= top < bottom <= height + 1e-9
 
@@ -459,10 +464,69 @@ def test_crops_lie_inside() -> None:
 def test_the_loss_by_hand() -> None:
     student = Features(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2, 2, 1), torch.tensor([[0.0, 0.0]]))
     teacher = Features(torch.tensor([[1.0, 1.0]]), -torch.ones(1, 4, 4, 1), torch.tensor([[math.log(3.0), 0.0]]))
-    found = distances(student, teacher)
+    found = distances(Said(student), Said(teacher))
+    assert found.inside.item() == 0
     assert found.pooled.item() == pytest.approx(1 - 1 / math.sqrt(2))
     assert found.patches.item() == pytest.approx(2)
     assert found.classes.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+
+
+def test_the_loss_between_blocks_by_hand() -> None:
+    features = Features(torch.ones(1, 1), torch.ones(1, 1, 1, 1))
+    one = Tokens(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[[1.0, 0.0]]]]))
+    # Four patches whose mean points to (0, 1): at right angles to the student's one; the prefix is 45 degrees away.
+    four = torch.tensor([[[[9.0, 1.0], [-9.0, 1.0]], [[5.0, 2.0], [-5.0, 3.0]]]])
+    found = distances(Said(features, [one]), Said(features, [Tokens(torch.tensor([[[1.0, 1.0]]]), four)]))
+    assert found.inside.item() == pytest.approx((1 - 1 / math.sqrt(2) + 1) / 2)
+    assert found.loss.item() == pytest.approx(schedule.INSIDE_WEIGHT * found.inside.item(), abs=1e-6)
+
+
+def pool_of(photos: Path, rank: int = 0, size: int = 1) -> tuple[Pool, list[int]]:
+    """A pool whose teacher says an image's mean and its red half on a grid of 1x2, and how often it was asked."""
+    asked: list[int] = []
+
+    def teach(crops: Tensor) -> Said:
+        asked.append(len(crops))
+        pixels = crops.float()
+        patches = torch.stack([pixels[:, 0, :, :16].mean((1, 2)), pixels[:, 0, :, 16:].mean((1, 2))], 1)[
+            :, None, :, None
+        ]
+        return Said(Features(pixels.mean((1, 2, 3))[:, None], patches), [Tokens(patches[:, 0, :0], patches)])
+
+    feed = Feed(split(photos, 0).train, Preprocess(), 6, 0, 0, rank, size)
+    return Pool(feed, [(32, 32), (16, 16)], teach), asked
+
+
+def test_a_pool_asks_the_teacher_once_and_mirrors_what_it_said(photos: Path) -> None:
+    pool, asked = pool_of(photos)
+    first = [pool.batch(step, 3) for step in range(3)]
+    later = [pool.batch(step, 3) for step in range(3, 9)]
+    assert asked == [6, 6, 6]
+    turned = 0
+    for batch in (*first, *later):
+        assert batch is not None
+        red = batch.crops[32, 32][:, 0].float()
+        halves = torch.stack([red[..., :16].mean((1, 2)), red[..., 16:].mean((1, 2))], 1)
+        assert torch.allclose(batch.said.features.patches[:, 0, :, 0].float(), halves, rtol=0.01)
+        assert torch.equal(batch.said.inside[0].patches, batch.said.features.patches)
+        whole = {tuple(crop.flatten().tolist()) for row in first for crop in row.crops[16, 16]}  # type: ignore[union-attr]
+        turned += sum(tuple(crop.flatten().tolist()) not in whole for crop in batch.crops[16, 16])
+    assert 9 <= turned <= 27  # of 36 in later rounds, about half
+    for round_ in (later[:3], later[3:]):  # every crop once in each round
+        means = sorted(round(float(v), 3) for batch in round_ for v in batch.said.features.pooled)  # type: ignore[union-attr]
+        assert means == sorted(round(float(v), 3) for batch in first for v in batch.said.features.pooled)  # type: ignore[union-attr]
+
+
+def test_two_processes_share_a_pool_and_one_that_begins_later_makes_the_same(photos: Path) -> None:
+    whole, _ = pool_of(photos)
+    parts = [pool_of(photos, rank, 2)[0] for rank in (0, 1)]
+    for step in (7, 8):  # nothing was asked for before
+        every, halves = whole.batch(step, 3), [part.batch(step, 3) for part in parts]
+        assert every is not None
+        for rank, half in enumerate(halves):
+            assert half is not None
+            assert torch.equal(every.crops[32, 32][rank::2], half.crops[32, 32])
+            assert torch.equal(every.said.features.patches[rank::2], half.said.features.patches)
 
 
 def test_result_and_report(photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Augmented crops: each a pure function of the seed, the step and the place in the batch, whoever makes it."""
+"""Augmented crops: each a pure function of the seed and its number, whoever makes it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Scale of a crop's area and its shape: torchvision's RandomResizedCrop, less extreme at the small end than its 0.08,
-# so that things keep a size at which the teacher knows them.
-AREA, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+# so that things keep a size at which the teacher knows them. Nor is a crop smaller than it is wanted, where the image
+# is large enough: enlarged crops are blurred, and what fine structure a larger patch holds is not learned from them.
+AREA, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 FLIP = 0.5  # of the crops are mirrored: half, so that neither side is the usual one
 # Brightness, contrast and saturation by up to this factor in 80 % of crops: DINOv2's jitter.
 JITTER, JITTERED = 0.4, 0.8
@@ -30,29 +31,24 @@ DRAWS = 10  # of a crop's shape, before the whole image is taken
 
 @dataclass
 class Crops(torch.utils.data.Dataset):
-    """Item ``k`` is sample ``k`` of the training: its image's number, and its crop at each size, bytes (c, h, w), or
-    why it cannot be read."""
+    """Item ``k`` is sample ``k`` of the training: its image's number, and its crop at each of the sizes, bytes
+    (c, h, w), or why it cannot be read. There is no end of samples."""
 
     images: ImageSet
     preprocess: Preprocess
-    batch_size: int
     seed: int
-    sizes: list[list[tuple[int, int]]]  # of each step that is fed: the sizes at which its crops are wanted
+    sizes: list[tuple[int, int]]
     kept: dict[int, Any] = field(default_factory=dict, repr=False)
     held: int = 0
 
-    def __len__(self) -> int:
-        return len(self.sizes) * self.batch_size
-
     def __getitem__(self, sample: int) -> tuple[int, list[Tensor] | str]:
-        step, place = divmod(sample, self.batch_size)
         number = drawn_image(self.seed, sample, len(self.images))
-        random = np.random.default_rng([self.seed, 1, step, place])
+        random = np.random.default_rng([self.seed, 1, sample])
         try:
-            image = self._image(number, max(max(size) for size in self.sizes[step]))
+            image = self._image(number, max(max(size) for size in self.sizes))
         except Exception as error:  # any decoder's error means the same: this image is left out of its batch
             return number, reason(error)
-        return number, [_bytes(crop) for crop in augmented(image, random, self.sizes[step], self.preprocess)]
+        return number, [_bytes(crop) for crop in augmented(image, random, self.sizes, self.preprocess)]
 
     def _image(self, number: int, side: int) -> Image:
         if number in self.kept:
@@ -80,7 +76,7 @@ def augmented(image: Image, random: Any, sizes: list[tuple[int, int]], preproces
     from PIL import ImageEnhance
 
     height, width = sizes[0]
-    box = random_box(image.width, image.height, random, width / height)
+    box = random_box(image.width, image.height, random, width / height, width * height)
     mirrored, jittered = random.random() < FLIP, random.random() < JITTERED
     factors = random.uniform(1 - JITTER, 1 + JITTER, 3)
     resample = Pillow.Resampling[preprocess.interpolation.upper()]
@@ -98,10 +94,13 @@ def augmented(image: Image, random: Any, sizes: list[tuple[int, int]], preproces
     return found
 
 
-def random_box(width: int, height: int, random: Any, shape: float) -> tuple[float, float, float, float]:
-    """A crop of random area and shape, around ``shape``; the largest that fits where none is found."""
+def random_box(width: int, height: int, random: Any, shape: float, least: int) -> tuple[float, float, float, float]:
+    """A crop of random area, of ``least`` pixels where there are so many, and of random shape around ``shape``; the
+    largest that fits where none is found."""
     for _ in range(DRAWS):
-        area = width * height * random.uniform(*AREA)
+        area = random.uniform(
+            max(AREA[0] * width * height, min(least, AREA[1] * width * height)), AREA[1] * width * height
+        )
         ratio = shape * math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         wide, tall = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if wide <= width and tall <= height:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def left_out(images: ImageSet, failures: dict[int, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Feed:
-    """Batches of augmented crops for a run of steps; this process's part of each.
+    """Augmented crops in rows of a batch; this process's places of each row.
 
     Args:
         images, preprocess, batch_size, seed: as for ``Crops``.
@@ -88,29 +89,27 @@ class Feed:
     size: int = 1
     failures: dict[int, str] = field(default_factory=dict)
 
-    def batches(self, sizes: Sequence[list[tuple[int, int]]], first: int = 0) -> Iterator[list[Tensor] | None]:
-        """For each step from ``first`` on, this process's crops at each size of that step; ``None`` without any."""
-        crops = Crops(self.images, self.preprocess, self.batch_size, self.seed, list(sizes))
-        places = range(self.rank, self.batch_size, self.size)
-        plan = [[step * self.batch_size + place for place in places] for step in range(first, len(sizes))]
+    @property
+    def places(self) -> range:
+        """This process's places of a batch."""
+        return range(self.rank, self.batch_size, self.size)
+
+    def rows(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[list[Tensor] | None]]:
+        """For each row, without end, the crop of each of this process's places at the sizes; ``None`` if unreadable."""
+        crops = Crops(self.images, self.preprocess, self.seed, list(sizes))
+        plan = ([row * self.batch_size + place for place in self.places] for row in itertools.count())
         loader: Any = torch.utils.data.DataLoader(
             crops,
             batch_sampler=plan,
-            collate_fn=_stacked,
+            collate_fn=list,
             num_workers=self.workers,
             prefetch_factor=2 if self.workers else None,
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # or the loader draws from the caller's random numbers
         )
-        for crops_read, failures in loader:
-            self.failures.update(failures)
-            yield crops_read
-
-
-def _stacked(items: Sequence[tuple[int, list[Tensor] | str]]) -> tuple[list[Tensor] | None, dict[int, str]]:
-    read = [crops for _, crops in items if not isinstance(crops, str)]
-    failures = {number: why for number, why in items if isinstance(why, str)}
-    return [torch.stack(crops) for crops in zip(*read, strict=True)] if read else None, failures
+        for row in loader:  # its workers end with the generator
+            self.failures.update({number: why for number, why in row if isinstance(why, str)})
+            yield [None if isinstance(crop, str) else crop for _, crop in row]
 
 
 def _one_thread(_worker: int) -> None:

@@ -13,8 +13,11 @@ from anypatch.adaptation import describe, host
 from anypatch.core.geometry import Geometry
 from anypatch.core.twins import Subject
 from anypatch.hosts.base import Host
+from anypatch.hosts.blocks import Tokens, as_tokens, block_list, reading, spread
 from anypatch.hosts.images import Features, Preprocess
 from anypatch.measure.accuracy import pool_to
+from anypatch.tuning import schedule
+from anypatch.tuning.said import Said
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,21 @@ class Face:
 
     def __call__(self, pixels: Tensor) -> Features:
         """Features of bytes (n, c, h, w)."""
-        found = self.preprocess.normalise(pixels.to(self.device))
-        return self.host.features(self.subject, found.to(_dtype(self.subject.model)))
+        return self.host.features(self.subject, self._prepared(pixels))
+
+    def inside(self, pixels: Tensor) -> Said:
+        """Features, and the tokens after some of the blocks.
+
+        Raises:
+            UnsupportedModelError: blocks that give no tokens.
+        """
+        prepared = self._prepared(pixels)
+        with reading(spread(block_list(self.subject), schedule.INSIDE)) as seen:
+            found = self.host.features(self.subject, prepared)
+        return Said(found, [as_tokens(self.subject, output, prepared) for output in seen])
+
+    def _prepared(self, pixels: Tensor) -> Tensor:
+        return self.preprocess.normalise(pixels.to(self.device)).to(_dtype(self.subject.model))
 
 
 def face(model: nn.Module, preprocess: Preprocess, device: torch.device) -> Face:
@@ -55,31 +71,57 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Distances:
-    """Per image (n,): one minus the cosine of the pooled feature, of the patch map, and the divergence of the logits.
+    """Per image (n,): one minus the cosine of the pooled feature, of the patch map, and of the tokens between blocks,
+    and the divergence of the logits.
 
     Patch maps are averaged onto the coarser of the two grids; the divergence is Kullback and Leibler's from the
-    teacher's classes, as in FlexiViT's distillation (arXiv:2212.08013), zero where there is no classifier.
+    teacher's classes, as in FlexiViT's distillation (arXiv:2212.08013), zero where there is no classifier; so is the
+    distance inside where no blocks are compared.
     """
 
     pooled: Tensor
     patches: Tensor
     classes: Tensor
+    inside: Tensor
 
     @property
     def loss(self) -> Tensor:
-        return self.pooled + self.patches + self.classes
+        return self.pooled + self.patches + self.classes + schedule.INSIDE_WEIGHT * self.inside
 
 
-def distances(student: Features, teacher: Features) -> Distances:
+def distances(student: Said, teacher: Said) -> Distances:
     """How far two models' features of the same images are apart."""
-    pooled = 1 - functional.cosine_similarity(student.pooled.float(), teacher.pooled.float(), dim=-1)
-    grid = [min(a, b) for a, b in zip(student.patches.shape[1:3], teacher.patches.shape[1:3], strict=True)]
-    one, two = (pool_to(features.patches.float(), grid) for features in (student, teacher))
-    patches = 1 - functional.cosine_similarity(one, two, dim=-1).mean((1, 2))
-    if student.logits is None or teacher.logits is None:
-        return Distances(pooled, patches, torch.zeros_like(pooled))
-    said, wanted = (functional.log_softmax(f.logits.float(), -1) for f in (student, teacher))  # type: ignore[union-attr]
-    return Distances(pooled, patches, functional.kl_div(said, wanted, reduction="none", log_target=True).sum(-1))
+    one, two = student.features, teacher.features
+    pooled = 1 - functional.cosine_similarity(one.pooled.float(), two.pooled.float(), dim=-1)
+    patches = _apart(*_on_one_grid(one.patches, two.patches)).mean((1, 2))
+    between = [_between(*pair) for pair in zip(student.inside, teacher.inside, strict=False)]
+    inside = torch.stack(between).mean(0) if between else torch.zeros_like(pooled)
+    if one.logits is None or two.logits is None:
+        return Distances(pooled, patches, torch.zeros_like(pooled), inside)
+    said, wanted = (functional.log_softmax(logits.float(), -1) for logits in (one.logits, two.logits))
+    classes = functional.kl_div(said, wanted, reduction="none", log_target=True).sum(-1)
+    return Distances(pooled, patches, classes, inside)
+
+
+def _between(student: Tokens, teacher: Tokens) -> Tensor:
+    """Of the tokens after a block, the prefix with the patches, each token alike."""
+    patches = _apart(*_on_one_grid(student.patches, teacher.patches)).flatten(1)
+    if not student.prefix.shape[1]:
+        return patches.mean(1)
+    return torch.cat([_apart(student.prefix, teacher.prefix), patches], 1).mean(1)
+
+
+def _on_one_grid(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """Patch maps (n, h, w, c), each averaged onto the coarser grid."""
+    grid = [min(a, b) for a, b in zip(one.shape[1:3], two.shape[1:3], strict=True)]
+    return tuple(  # type: ignore[return-value]
+        patches.float() if list(patches.shape[1:3]) == grid else pool_to(patches.float(), grid)
+        for patches in (one, two)
+    )
+
+
+def _apart(one: Tensor, two: Tensor) -> Tensor:
+    return 1 - functional.cosine_similarity(one.float(), two.float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +140,7 @@ class Fidelity:
 @torch.no_grad()
 def fidelity(student: Face, pixels: Sequence[Tensor], teacher: Sequence[Features]) -> Fidelity:
     """A student's fidelity to what the teacher said of the same images."""
-    found = [distances(student(batch), wanted) for batch, wanted in zip(pixels, teacher, strict=True)]
+    found = [distances(Said(student(batch)), Said(wanted)) for batch, wanted in zip(pixels, teacher, strict=True)]
     pooled, patches, loss = (
         torch.cat([getattr(part, name) for part in found]).double().mean().item()
         for name in ("pooled", "patches", "loss")

@@ -32,6 +32,7 @@ from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.checkpoint import Checkpoint, State
 from anypatch.tuning.data import Feed, Split, held_out_pixels, left_out, split
 from anypatch.tuning.distance import Fidelity, face
+from anypatch.tuning.pool import Pool
 from anypatch.tuning.result import CARD, TuneResult
 from anypatch.tuning.training import Pair, Trainer, digest
 from anypatch.tuning.weights import kept
@@ -73,10 +74,10 @@ def tune(
 
     The teacher is the model as it is, frozen. The student is the adapted model, or, for several patch sizes, one set
     of weights that every step looks at another patch size of (FlexiViT, arXiv:2212.08013). It learns the direction of
-    the teacher's pooled feature and patch features, and its logits where it has a classifier, on augmented crops. A
-    fifth of the images is held out, and the weights with the best fidelity on them are kept: the result is never worse
-    there than the adapted model. Start it with ``accelerate launch`` to share the work among processes, and for mixed
-    precision.
+    the teacher's pooled feature and patch features, of its tokens between some blocks, and its logits where it has a
+    classifier, on augmented crops. A fifth of the images is held out, and the weights with the best fidelity on them
+    are kept: the result is never worse there than the adapted model, neither in the pooled feature nor in the patch
+    map. Start it with ``accelerate launch`` to share the work among processes, and for mixed precision.
 
     Args:
         model: a live model, or what :func:`anypatch.load` takes. A live one is changed in place when all is done, and
@@ -166,7 +167,8 @@ class Run:
         pair = self._pair()
         feed = Feed(self.opened.train, self.preprocess, self.asked.batch_size, self.asked.seed, self.workers,
                     self.team.rank, self.team.size)  # fmt: skip
-        trainer = Trainer(pair, feed, self.team, self.progress, self.notes)
+        sizes = list(dict.fromkeys((pair.teacher.image_size, *(face.image_size for face in pair.faces.values()))))
+        trainer = Trainer(pair, Pool(feed, sizes, pair.teach), self.team, self.progress, self.notes)
         trainer.freeze_unreached()
         start = kept(pair.student)
         key = {**self.asked.key(), "images": self.opened.train.fingerprint(), "weights": digest(pair.student)}
@@ -218,9 +220,14 @@ class Run:
         try:
             with torch.no_grad(), pair.cast():
                 pair.wanted += [teacher(batch) for batch in held_out[teacher.image_size]]
-        except (TypeError, ValueError, AttributeError, IndexError) as error:  # a forward that wants more than pixels
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:  # wants more than pixels
             name = type(unwrap(self.user)).__name__
             raise UnsupportedModelError(f"the features of {name} cannot be read from images alone: {error}") from error
+        why = pair.find_inside()
+        if why:
+            self.notes.append(f"only outputs are compared, not tokens between blocks: {why}")
         return pair
 
     def _state(self, trainer: Trainer, checkpoint: Checkpoint) -> State:
@@ -232,18 +239,20 @@ class Run:
                 return found
             self.notes.append(f"{self.asked.output} holds no state to resume from: started anew")
         steps = self.asked.steps
-        each = 0.0 if steps is not None else trainer.seconds_per_step()
-        left = (self.asked.minutes or MINUTES) * 60 - (time.monotonic() - self.began)
-        expected = steps if steps is not None else int(left / each)
+        expected = steps if steps is not None else trainer.steps_within(self._left())
         if expected < 1:
-            raise DataError(f"no time for one step: a step takes {each:.1f} s and {max(left, 0):.0f} s are left")
-        rate = self.asked.learning_rate
+            raise DataError(f"no time for one step: {max(self._left(), 0):.0f} s are left after two that were tried")
+        rate, began = self.asked.learning_rate, time.monotonic()
         peak = trainer.found_rate(expected) if rate == "auto" else float(rate)
         if steps is None:
-            left = (self.asked.minutes or MINUTES) * 60 - (time.monotonic() - self.began)
-            steps = min(self.team.gather(max(int(left / each), 1)))
+            share = 1 - (time.monotonic() - began) / max(self._left() + time.monotonic() - began, 1e-9)
+            steps = min(self.team.gather(max(int(expected * share), 1)))
         looked = {show(patch): found.mean for patch, found in trainer.pair.look().items()}
         return State(steps, peak, kept(student), curve=[(0, looked)])
+
+    def _left(self) -> float:
+        """Seconds of the minutes that were asked for."""
+        return (self.asked.minutes or MINUTES) * 60 - (time.monotonic() - self.began)
 
     def _give(self, tuned: nn.Module) -> None:
         """The tuned weights into the user's model, adapted if there is one patch size."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way from the start to the tuned weight
 # long as it has to be to tell, and a twentieth of the steps at most.
 FIRST_RATE, LAST_RATE, FACTOR = 1e-6, 1e-2, 4.0
 TRIAL_STEPS, TRIAL_SHARE = (3, 12), 1 / 20
+# Tokens between blocks that are compared with the teacher's, and the weight of their distance beside the outputs'.
+INSIDE, INSIDE_WEIGHT = 3, 3.0
+ROUNDS = 4  # times that each crop is seen: what the teacher says of one costs as much as two steps with it
+POOL_BYTES = 2 * 2**30  # of crops and what the teacher says of them, all processes together
 LOOKS = 10  # times that the held-out images are looked at during a run, and the state is written
 
 
@@ -39,8 +44,13 @@ def decay(steps: int) -> float:
     return 1 - 1 / max(steps * AVERAGE, 1)
 
 
-def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
+def rows(steps: int) -> int:
+    """Batches of the pool that a run of so many steps makes."""
+    return max(math.ceil(steps / ROUNDS), 1)
+
+
+def optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
 
 
 def trial_rates() -> list[float]:

@@ -21,12 +21,10 @@ from anypatch.measure.processes import Team
 from anypatch.report.progress import Progress, duration
 from anypatch.tuning import schedule
 from anypatch.tuning.checkpoint import Checkpoint, State
-from anypatch.tuning.data import Feed
 from anypatch.tuning.distance import Face, Fidelity, distances, fidelity
+from anypatch.tuning.pool import Batch, Pool
+from anypatch.tuning.said import Said
 from anypatch.tuning.weights import Weights, averaged, kept, put_back, put_mixed, trained
-
-TRIAL_SEED = 1  # of the range test's crops, beside the run's
-BATCH = tuple[Size, list[Tensor] | None]
 
 
 @dataclass
@@ -39,6 +37,8 @@ class Pair:
         held_out: images as the student sees them, by size; bytes in batches.
         wanted: what the teacher says of them.
         precision: of the forward passes: "no", "bf16" or "fp16".
+        inside: whether tokens between blocks are compared, too.
+        grid: the coarsest on which the teacher's patches are needed; ``None`` for its own.
     """
 
     teacher: Face
@@ -48,6 +48,8 @@ class Pair:
     wanted: list[Features]
     precision: str
     device: torch.device
+    inside: bool = False
+    grid: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def cast(self) -> Iterator[None]:
@@ -55,17 +57,42 @@ class Pair:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             yield
 
-    def crop_sizes(self, patch: Size) -> list[tuple[int, int]]:
-        """The sizes at which a crop is wanted for a step at a patch size: the teacher's, then the student's."""
-        return list(dict.fromkeys((self.teacher.image_size, self.faces[patch].image_size)))
+    def find_inside(self) -> str:
+        """Compare tokens between blocks from now on, if that is possible; else why it is not.
 
-    def losses(self, patch: Size, crops: list[Tensor]) -> Tensor:
-        """One loss per image of a batch."""
+        Both sides are run on a held-out image.
+        """
+        try:
+            with torch.no_grad(), self.cast():
+                wanted = self.teacher.inside(self.held_out[self.teacher.image_size][0][:1])
+                found = [face.inside(self.held_out[face.image_size][0][:1]) for face in self.faces.values()]
+        except UnsupportedModelError as error:
+            return str(error)
+        if not wanted.inside:
+            return "no list of blocks is found in it"
+        shapes = [[(t.prefix.shape[1:], t.patches.shape[-1]) for t in said.inside] for said in (wanted, *found)]
+        if any(shape != shapes[0] for shape in shapes):
+            return "its tokens have another width at another patch size"
+        self.inside = True
+        maps = [p for s in found for p in (s.features.patches, *(t.patches for t in s.inside))]
+        grids = {(int(p.shape[1]), int(p.shape[2])) for p in maps}
+        if len(grids) == 1:
+            (self.grid,) = grids
+        return ""
+
+    def teach(self, crops: Tensor) -> Said:
+        """What the teacher says of crops, as it is kept."""
         with torch.no_grad(), self.cast():
-            wanted = self.teacher(crops[0])
+            said = self.teacher.inside(crops) if self.inside else Said(self.teacher(crops))
+        return said.to_keep(self.grid)
+
+    def losses(self, patch: Size, batch: Batch) -> Tensor:
+        """One loss per image of a batch."""
+        face = self.faces[patch]
+        crops = batch.crops[face.image_size]
         with self.cast():
-            found = self.faces[patch](crops[-1])
-        return distances(found, wanted).loss
+            found = face.inside(crops) if self.inside else Said(face(crops))
+        return distances(found, batch.said.moved(self.device)).loss
 
     def look(self) -> dict[Size, Fidelity]:
         """The student's fidelity on the held-out images at every patch size."""
@@ -78,7 +105,7 @@ class Trainer:
     """Steps of one run, which any number of processes share."""
 
     pair: Pair
-    feed: Feed
+    pool: Pool
     team: Team
     progress: Progress
     notes: list[str] = field(default_factory=list)
@@ -86,12 +113,7 @@ class Trainer:
     def patch_at(self, step: int) -> Size:
         """The patch size of a step (FlexiViT draws one uniformly for each)."""
         sizes = list(self.pair.faces)
-        return sizes[int(np.random.default_rng([self.feed.seed, 2, step]).integers(len(sizes)))]
-
-    def batches(self, steps: int, first: int = 0) -> Iterator[BATCH]:
-        patches = [self.patch_at(step) for step in range(steps)]
-        sizes = [self.pair.crop_sizes(patch) for patch in patches]
-        yield from zip(patches[first:], self.feed.batches(sizes, first), strict=True)
+        return sizes[int(np.random.default_rng([self.pool.feed.seed, 2, step]).integers(len(sizes)))]
 
     def freeze_unreached(self) -> None:
         """Leave alone what no feature depends on, such as the text tower of a CLIP.
@@ -99,8 +121,7 @@ class Trainer:
         Raises:
             UnsupportedModelError: nothing can be trained.
         """
-        (patch, crops) = next(iter(self.batches(1)))
-        self._gradients(patch, crops, None, shared=False)
+        self._gradients(self.patch_at(0), self.pool.row(0), None, shared=False)
         reached = torch.tensor([float(p.grad is not None) for p in trained(self.pair.student).values()])
         self._summed([reached])
         for (_, parameter), found in zip(trained(self.pair.student).items(), reached.tolist(), strict=True):
@@ -110,11 +131,13 @@ class Trainer:
         if not trained(self.pair.student):
             raise UnsupportedModelError(f"{type(self.pair.student).__name__} has no parameter that its features need")
 
-    def step(self, batch: BATCH, optimizer: torch.optim.Optimizer, rate: float, scaler: Any = None) -> float:
-        """One step; its loss, the mean over the whole batch."""
+    def step(
+        self, number: int, batch: Batch | None, optimizer: torch.optim.Optimizer, rate: float, scaler: Any = None
+    ) -> float:
+        """A step; its loss, the mean over the whole batch."""
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = self._gradients(*batch, scaler)
+        loss = self._gradients(self.patch_at(number), batch, scaler)
         if not math.isfinite(loss):
             return loss
         if scaler is not None and scaler.is_enabled():
@@ -128,15 +151,15 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _gradients(self, patch: Size, crops: list[Tensor] | None, scaler: Any, shared: bool = True) -> float:
+    def _gradients(self, patch: Size, batch: Batch | None, scaler: Any, shared: bool = True) -> float:
         """Gradients of the mean loss over everyone's images: sums are shared, so that two processes do as one."""
-        count = torch.tensor([0.0 if crops is None else float(len(crops[0]))], dtype=torch.float64)
+        count = torch.tensor([0.0 if batch is None else float(len(batch))], dtype=torch.float64)
         self._summed([count])
         if not count.item():
-            raise DataError(f"{self.feed.images.name}: not one image of a batch can be read")
+            raise DataError(f"{self.pool.feed.images.name}: not one image of a batch can be read")
         total = torch.zeros(1, dtype=torch.float64)
-        if crops is not None:
-            loss = self.pair.losses(patch, crops).sum() / count.item()
+        if batch is not None:
+            loss = self.pair.losses(patch, batch).sum() / count.item()
             total += loss.item()
             (loss if scaler is None else scaler.scale(loss)).backward()
         self._summed([total])
@@ -159,32 +182,43 @@ class Trainer:
 
     # -- the learning rate and the number of steps -----------------------------------------------------------------
 
-    def seconds_per_step(self) -> float:
-        """Of the slowest process, the second of two steps that are taken back."""
-        start = kept(self.pair.student)
-        optimizer = schedule.optimizer(trained(self.pair.student).values())
-        began = time.perf_counter()
-        for number, batch in enumerate(self._trial().batches(3)):
-            if number == 1:
-                began = time.perf_counter()
-            self.step(batch, optimizer, schedule.FIRST_RATE)
-        put_back(self.pair.student, start)
-        return max(self.team.gather((time.perf_counter() - began) / 2))
+    def steps_within(self, seconds: float) -> int:
+        """How many steps there is time for, making the pool included, by the slowest process; 0 if for none.
 
-    def _trial(self) -> Trainer:
-        feed = Feed(**{**vars(self.feed), "seed": self.feed.seed + TRIAL_SEED})
-        return Trainer(self.pair, feed, self.team, self.progress)
+        A row of the pool and a step are tried on the second of two, and the steps taken back.
+        """
+        start = kept(self.pair.student)
+        optimizer = schedule.optimizer(trained(self.pair.student))
+        batches, times = [], []
+        for number in range(2):
+            began = time.perf_counter()
+            batches.append(self.pool.row(number + 1))
+            made = time.perf_counter()
+            self.step(number, batches[-1], optimizer, schedule.FIRST_RATE)
+            times.append((made - began, time.perf_counter() - made))
+        put_back(self.pair.student, start)
+        making, stepping = (max(self.team.gather(t)) for t in times[-1])
+        seconds -= sum(max(self.team.gather(sum(t))) for t in times)
+        rows = self.most_rows()
+        steps = int(seconds / (stepping + making / schedule.ROUNDS))
+        if schedule.rows(steps) > rows:
+            steps = int((seconds - rows * making) / stepping)
+        return max(steps, 0)
+
+    def most_rows(self) -> int:
+        """Of the pool, for which there is memory."""
+        sizes = self.team.gather(self.pool.sample_bytes())
+        return max(schedule.POOL_BYTES // max(max(sizes) * self.pool.feed.batch_size, 1), 1)
 
     def found_rate(self, steps: int) -> float:
         """The range test: each rate for some steps from the start, judged on the held-out images, taken back."""
         start = kept(self.pair.student)
         best, least = schedule.FIRST_RATE, _loss(self.pair.look())
-        rates, trial = schedule.trial_rates(), self._trial()
-        batches = list(trial.batches(schedule.trial_steps(steps)))
+        rates, count = schedule.trial_rates(), schedule.trial_steps(steps)
         for number, peak in enumerate(rates):
             self.progress("finding the learning rate", number, len(rates))
-            optimizer = schedule.optimizer(trained(self.pair.student).values())
-            losses = [trial.step(b, optimizer, schedule.rate(i, len(batches), peak)) for i, b in enumerate(batches)]
+            optimizer = schedule.optimizer(trained(self.pair.student))
+            losses = [self.step(i, self.pool.row(i), optimizer, schedule.rate(i, count, peak)) for i in range(count)]
             found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
             put_back(self.pair.student, start)
             if found < least:
@@ -197,14 +231,17 @@ class Trainer:
 
     def run(self, state: State, checkpoint: Checkpoint) -> None:
         """Train from ``state`` to its last step; the state, the weights in it too, is where the run stands."""
-        optimizer = schedule.optimizer(trained(self.pair.student).values())
+        optimizer = schedule.optimizer(trained(self.pair.student))
         scaler = torch.amp.GradScaler(self.pair.device.type, enabled=self.pair.precision == "fp16")
         state.restore(self.pair.student, optimizer, scaler)
         decay, every = schedule.decay(state.steps), max(math.ceil(state.steps / schedule.LOOKS), 1)
         began, first = time.perf_counter(), state.step
         said = f"held-out fidelity {_mean(state.curve[-1][1]):.3f}"
-        for step, batch in enumerate(self.batches(state.steps, first), start=first):
-            loss = self.step(batch, optimizer, schedule.rate(step, state.steps, state.peak), scaler)
+        rows = min(schedule.rows(state.steps), self.most_rows())
+        for step in range(first, state.steps):
+            loss = self.step(
+                step, self.pool.batch(step, rows), optimizer, schedule.rate(step, state.steps, state.peak), scaler
+            )
             if not math.isfinite(loss):
                 self.notes.append(f"the learning rate {state.peak:g} diverges: stopped at step {step} of {state.steps}")
                 break
@@ -223,7 +260,7 @@ class Trainer:
         """Put the best of the last and the averaged weights, each mixed with the start, into the student.
 
         The best has the highest mean held-out fidelity; no patch size but the native one, which starts at one, may
-        have lost. If nothing is better, the start is put back.
+        have lost, neither in its pooled feature nor in its patch map. If nothing is better, the start is put back.
 
         Returns:
             The fidelity before, after, and the share of the way from the start.
@@ -244,8 +281,8 @@ class Trainer:
 
     def _harms(self, before: dict[Size, Fidelity], after: dict[Size, Fidelity]) -> bool:
         native = self.pair.teacher.geometry.patch_size
-        found = [(before[p].mean, after[p].mean) for p in before if p != native or len(before) == 1]
-        return any(not b >= a for a, b in found)  # not a number is worse, too
+        found = [(before[p], after[p]) for p in before if p != native or len(before) == 1]
+        return any(not (b.pooled >= a.pooled and b.patches >= a.patches) for a, b in found)  # not a number is worse
 
 
 def _loss(looked: dict[Size, Fidelity]) -> float:
