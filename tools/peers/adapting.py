@@ -1,16 +1,28 @@
 """A pytest plugin: while a host library's own tests run, every model that can be adapted is adapted as it is built.
 
-The environment variable `ANYPATCH_PEERS` says how (`MODES`); without it models are left as they are. This changes the
-host libraries inside the test process, which is the point of it, and is why it is no part of anypatch.
+The environment says how, what runs and where it is written:
+
+- `ANYPATCH_PEERS`: one of `MODES`; models are left as they are without it, or with `none`.
+- `ANYPATCH_PEERS_RESULT`: the file of results, a line for each thing that happened. A test that it knows is not run
+  again.
+- `ANYPATCH_PEERS_BARE`: the results on models as they are. Only what passed there, and built a model whose patch size
+  anypatch knows, can say anything about adapted models.
+- `ANYPATCH_PEERS_NAMES`: a file of the models' names that tests of every model of the library are run on.
+- `ANYPATCH_PEERS_CHUNK`: how many tests to run before the process is left for a fresh one.
+
+This changes the host libraries inside the test process, which is the point of it, and is why it is no part of anypatch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +32,9 @@ import pytest
 # Each mode takes a model from its own geometry to another. "back" returns it, so that the sizes written out in a test
 # stay right; the others leave it there, and a test with literal sizes has to fail.
 MODES = ("none", "back", "grid", "image", "size")
+# A test over more models than this is one over all the library's models: the chosen ones stand for them.
+MANY = 60
 _state = threading.local()
-counts = {"adapted": 0, "refused": 0}
-refusals: dict[str, str] = {}
 
 
 def mode() -> str:
@@ -30,34 +42,62 @@ def mode() -> str:
 
 
 def adapted(model: Any) -> Any:
-    """The model, adapted as the mode says where it can be; twins and models inside models are left alone."""
+    """The model, adapted as the mode says where it can be; twins and models inside models are left alone.
+
+    Raises:
+        AnypatchError: it cannot be taken back, although it could be taken away.
+    """
     import anypatch
 
-    if mode() == "none" or getattr(_state, "busy", False):
+    if getattr(_state, "busy", False):
         return model
     _state.busy = True
     try:
         before = anypatch.geometry(model)
-        larger = tuple(2 * side for side in before.patch_size)
-        if len(larger) == 3:
-            larger = (before.patch_size[0], *larger[1:])
-        if mode() == "back":
-            anypatch.adapt(model, larger, keep="grid")
-            anypatch.adapt(model, before.patch_size, before.image_size)
-        elif mode() == "grid":
-            anypatch.adapt(model, larger, keep="grid")
-        elif mode() == "image":
-            anypatch.adapt(model, larger, keep="image")
-        elif before.image_size is not None:
-            grown = tuple(i + 2 * p for i, p in zip(before.image_size, before.patch_size, strict=True))
-            anypatch.adapt(model, image_size=(*before.image_size[:-2], *grown[-2:]))
-        counts["adapted"] += 1
+        if mode() == "none":
+            _record({"known": type(model).__name__})
+            return model
+        _first_that_fits(model, _ways(before))
+        _record({"adapted": type(model).__name__})
     except anypatch.AnypatchError as error:
-        counts["refused"] += 1
-        refusals[type(model).__name__] = str(error)
+        _record({"refused": type(model).__name__, "why": str(error)})
+        return model
     finally:
         _state.busy = False
+    if mode() == "back":
+        with as_it_is():
+            anypatch.adapt(model, before.patch_size, before.image_size)
     return model
+
+
+def _ways(before: Any) -> list[dict[str, Any]]:
+    """What the mode asks `adapt` for, the second where the first does not fit the family's windows or the image."""
+    time, patch = before.patch_size[:-2], before.patch_size[-2:]
+    twice = (*time, *(2 * side for side in patch))
+    half = (*time, *(side // 2 for side in patch))
+    # Half the patch with the same grid is a quarter of the image: as telling as twice, and quick.
+    halves = all(side % 2 == 0 and side >= 8 for side in patch)
+    if mode() == "size":
+        image = before.image_size
+        if image is None:
+            return [{"patch_size": before.patch_size}]
+        grown = [(*image[:-2], *(i + n * p for i, p in zip(image[-2:], patch, strict=True))) for n in (2, 4)]
+        return [{"image_size": size} for size in (*grown, (*image[:-2], *(2 * side for side in image[-2:])))]
+    if mode() == "image":
+        return [{"patch_size": size, "keep": "image"} for size in (twice, half)]
+    if mode() == "grid" and halves:
+        return [{"patch_size": size, "keep": "grid"} for size in (half, twice)]
+    return [{"patch_size": twice, "keep": "grid"}]
+
+
+def _first_that_fits(model: Any, ways: list[dict[str, Any]]) -> None:
+    import anypatch
+
+    for way in ways[:-1]:
+        with contextlib.suppress(anypatch.GeometryError):  # raised before anything is changed
+            anypatch.adapt(model, **way)
+            return
+    anypatch.adapt(model, **ways[-1])
 
 
 @contextlib.contextmanager
@@ -85,54 +125,116 @@ def adapting(build: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def exchange(old: Callable[..., Any], packages: tuple[str, ...]) -> None:
+    """Put the adapting version of a factory wherever a package's modules have imported it."""
+    wrapped = adapting(old)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in packages:
+            for key, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, key, wrapped)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if mode() == "none":
-        return
-    wrap_timm()
-    wrap_open_clip()
+    for host in os.environ.get("ANYPATCH_PEERS_HOST", "timm,open_clip").split(","):
+        if host == "timm":
+            import timm.models._builder as builder
+            import timm.models._factory as factory
+
+            exchange(factory.create_model, ("timm",))
+            exchange(builder.build_model_with_cfg, ("timm",))
+        elif host == "open_clip":
+            import open_clip.factory
+            import open_clip_train.main  # noqa: F401  it imports the factory by name
+
+            exchange(open_clip.factory.create_model, ("open_clip", "open_clip_train"))
 
 
-def wrap_timm() -> None:
-    try:
-        import timm
-        from timm.models import _factory
-    except ImportError:
-        return
-    wrapped = adapting(_factory.create_model)
-    for module in (timm, timm.models, _factory):
-        module.create_model = wrapped
+# -- which tests run ---------------------------------------------------------------------------------------------
 
 
-def wrap_open_clip() -> None:
-    try:
-        import open_clip
-        from open_clip import factory
-    except ImportError:
-        return
-    wrapped = adapting(factory.create_model)
-    for module in (open_clip, factory):
-        module.create_model = wrapped
+@pytest.hookimpl(trylast=True)  # after `-k`, so that a chunk is one of what is asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of every model run for the chosen ones; what has an outcome already does not run again."""
+    result = results(Path(os.environ["ANYPATCH_PEERS_RESULT"]))
+    started = {line["started"] for line in result if "started" in line}
+    bare = os.environ.get("ANYPATCH_PEERS_BARE")
+    plain = results(Path(bare)) if bare else []
+    telling = _telling(plain) if bare else None
+    names = os.environ.get("ANYPATCH_PEERS_NAMES")
+    chosen = set(Path(names).read_text().split()) if names else None
+    counts = Counter(getattr(item, "originalname", item.name) for item in items)
+    kept = []
+    for item in items:
+        model = getattr(getattr(item, "callspec", None), "params", {}).get("model_name")
+        of_all = isinstance(model, str) and counts[getattr(item, "originalname", item.name)] > MANY
+        if chosen is not None and of_all and str(model).partition(".")[0] not in chosen:
+            continue
+        if item.nodeid not in started and (telling is None or item.nodeid in telling):
+            kept.append(item)
+    # Of a run that is cut short, what ran is a sample of every family.
+    kept.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+    chunk = int(os.environ.get("ANYPATCH_PEERS_CHUNK", "0")) or len(kept)
+    _state.whole = chunk >= len(kept) and (not bare or any("finished" in line for line in plain))
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept[:chunk])])
+    items[:] = kept[:chunk]
 
 
-# -- what came of each test ------------------------------------------------------------------------------------
+def _telling(lines: list[dict[str, Any]]) -> set[str]:
+    """Tests that passed on models as they are and built one whose patch size is known."""
+    known, passed, running = set(), set(), ""
+    for line in lines:
+        running = line.get("started", running)
+        if "known" in line:
+            known.add(running)
+        if line.get("outcome") == "passed":
+            passed.add(line["test"])
+    return known & passed
 
-_outcomes: dict[str, tuple[str, str]] = {}
+
+# -- what came of each test --------------------------------------------------------------------------------------
+
+
+def results(target: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; one that was being written when the process ended is left out."""
+    lines = []
+    for text in target.read_text().splitlines() if target.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def _record(line: dict[str, Any]) -> None:
+    """One line more in the file of results, so that a run that is cut short has what came before."""
+    with open(os.environ["ANYPATCH_PEERS_RESULT"], "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _record({"uncollected": report.nodeid, "last": _last_line(report)})
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _record({"started": nodeid})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
-        last = "" if report.passed else _last_line(report)
-        if _outcomes.get(report.nodeid, ("passed", ""))[0] != "failed":
-            _outcomes[report.nodeid] = (report.outcome, last)
+        _record({"test": report.nodeid, "outcome": report.outcome, "last": "" if report.passed else _last_line(report)})
 
 
-def _last_line(report: pytest.TestReport) -> str:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if exitstatus in ended and getattr(_state, "whole", False):
+        _record({"finished": True})
+
+
+def _last_line(report: Any) -> str:
+    """The error, and the last place in a file that raised it."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash is not None else str(report.longrepr)
-    return " ".join(text.split())[:300]
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    target = os.environ.get("ANYPATCH_PEERS_RESULT")
-    if target:
-        Path(target).write_text(json.dumps({"outcomes": _outcomes, "counts": counts, "refusals": refusals}))
+    if isinstance(report.longrepr, tuple):  # a skip: file, line, reason
+        text = str(report.longrepr[2])
+    place = f" [{Path(crash.path).name}:{crash.lineno}]" if crash is not None else ""
+    return " ".join(text.split())[:300] + place

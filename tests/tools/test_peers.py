@@ -1,0 +1,196 @@
+"""`make peers`: what counts, what is explained, what is a fault; a run goes on where it was; one small run, whole."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peers import explained, kinds, page, running
+from peers.page import document, verdict
+from peers.running import CRASHED, Peer, Run, read, run
+
+PLAIN = Run(
+    outcomes={
+        "same": ("passed", ""),
+        "literal": ("passed", ""),
+        "wrong": ("passed", ""),
+        "large": ("passed", ""),
+        "no model": ("passed", ""),
+        "red before": ("failed", "no network"),
+        "refused": ("passed", ""),
+    },
+    known={"same", "literal", "wrong", "large", "red before", "refused"},
+)
+FOUND = Run(
+    outcomes={
+        "same": ("passed", ""),
+        "literal": ("failed", "assert 14 == 7"),
+        "wrong": ("failed", "nan"),
+        "large": ("skipped", "Fixed input size model > limit."),
+        "red before": ("failed", "no network"),
+        "refused": ("passed", ""),
+    },
+    changed={"same", "literal", "wrong", "large", "red before"},
+)
+
+
+@pytest.fixture
+def one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explained, "ROWS", (("timm", "", "lit.*", r"14 == 7", "expects a grid of 7"),))
+
+
+@pytest.mark.usefixtures("one_row")
+def test_what_fails_only_on_adapted_models_is_explained_or_a_fault() -> None:
+    found = verdict("timm", "grid", PLAIN, FOUND)
+    assert found.tests == {"same", "literal", "wrong", "large"}
+    assert found.passed == {"same"}
+    assert found.explained == {"literal": "expects a grid of 7"}
+    assert found.skipped == {"large": "Fixed input size model > limit."}
+    assert found.faults == {"wrong": "nan"}
+    assert not found.unrun
+
+
+def test_a_row_explains_its_own_message_only() -> None:
+    row = ("timm", "grid", "^literal$", "^assert 14 == 7", "expects a grid of 7")
+    for name, mode, test, message, explains in (
+        ("timm", "grid", "literal", "assert 14 == 7", True),
+        ("timm", "grid", "literal", "nan", False),
+        ("timm", "back", "literal", "assert 14 == 7", False),
+        ("open_clip", "grid", "literal", "assert 14 == 7", False),
+        ("timm", "grid", "wrong", "assert 14 == 7", False),
+    ):
+        assert (explained.explanation(name, mode, test, message, (row,)) is not None) == explains
+
+
+def test_a_refusal_that_breaks_the_test_is_a_fault() -> None:
+    broken = Run(outcomes={**FOUND.outcomes, "refused": ("failed", "half changed")}, changed=FOUND.changed)
+    assert "half changed" in verdict("timm", "grid", PLAIN, broken).faults["refused"]
+
+
+def test_what_was_not_run_is_said() -> None:
+    part = Run(outcomes={"same": ("passed", "")}, changed={"same"})
+    assert verdict("timm", "grid", PLAIN, part).unrun == {"literal", "wrong", "large", "refused"}
+
+
+@pytest.mark.usefixtures("one_row")
+def test_the_page_counts_and_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(running, "CACHE", tmp_path)
+    peer = Peer("timm", "timm", ())
+    text, faults = document({(peer, "none"): PLAIN, (peer, "grid"): FOUND})
+    assert faults == 1
+    assert f"| timm | {page.SAID['grid']} | 4 | 1 | 1 | 1 | 1 |" in text
+    assert "`wrong`: `nan`" in text
+    assert "1 test: expects a grid of 7" in text
+    assert f"timm {metadata.version('timm')}" in text
+
+
+def test_a_cut_file_of_results_is_read_to_where_it_goes(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"of": ["timm 1", ""]},
+        {"started": "a"},
+        {"adapted": "Vit"},
+        {"test": "a", "outcome": "passed", "last": ""},
+        {"test": "a", "outcome": "failed", "last": "in its teardown"},
+        {"started": "b"},
+        {"refused": "Net", "why": "a stem"},
+        {"uncollected": "test_c.py", "last": "no module d"},
+    ]
+    target = tmp_path / "x.jsonl"
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "b", "outc')
+    found = read(target)
+    assert found.outcomes == {"a": ("failed", "in its teardown"), "b": CRASHED}
+    assert found.changed == {"a"}
+    assert found.whys == {"Net": "a stem"}
+    assert found.uncollected == {"test_c.py": "no module d"}
+    assert not found.finished
+
+
+def test_of_every_kind_the_smallest_is_chosen(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"name": "base", "kind": ["m", "Vit"], "work": 9},
+        {"name": "tiny", "kind": ["m", "Vit"], "work": 3},
+        {"name": "huge", "kind": ["m", "Only"], "work": 99},
+        {"name": "resnet", "unknown": "no stem"},
+    ]
+    (tmp_path / "k").write_text("\n".join(map(json.dumps, lines)))
+    assert kinds.chosen(tmp_path / "k", most=50) == (["tiny"], 1)
+
+
+TESTS = """
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("model_name", ["test_vit", "resnet10t"])
+def test_forward(model_name):
+    model = timm.create_model(model_name)
+    assert model(torch.randn(1, *model.default_cfg["input_size"])).shape == (1, 1000)
+
+
+def test_literal():
+    assert timm.create_model("test_vit").patch_embed.num_patches == 100
+
+
+@pytest.mark.parametrize("model_name", [f"x{i}" for i in range(70)] + ["test_vit"])
+def test_every(model_name):
+    timm.create_model(model_name)
+
+
+def test_without_a_model():
+    assert True
+
+
+def test_that_ends_the_process():
+    timm.create_model("test_vit")
+    if os.environ["ANYPATCH_PEERS"] != "none":
+        os._exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_one_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a fake archive: its tests as they are, and on models with half the patch."""
+    source = tmp_path / f"timm-{metadata.version('timm')}"
+    (source / "tests").mkdir(parents=True)
+    (source / "tests" / "test_models.py").write_text(TESTS)
+    monkeypatch.setattr(running, "CACHE", tmp_path)
+    peer = Peer("timm", "timm", ("tests",), all_models=True)
+    running.names_file(peer, measured=True).write_text("test_vit\n")
+
+    said: list[str] = []
+    plain = run(peer, "none", say=said.append)
+    assert plain.finished
+    assert {name.split("::")[1] for name in plain.telling} == {
+        "test_forward[test_vit]",
+        "test_literal",
+        "test_every[test_vit]",
+        "test_that_ends_the_process",
+    }
+    assert not plain.of("failed")  # those of the seventy that are not chosen did not run
+    found = run(peer, "grid", say=said.append)
+    assert found.finished
+    assert set(found.outcomes) == plain.telling
+    assert {name.split("::")[1] for name in found.changed} == {name.split("::")[1] for name in plain.telling}
+    outcome = verdict("timm", "grid", plain, found)
+    assert {name.split("::")[1] for name in outcome.passed} == {
+        "test_forward[test_vit]",
+        "test_literal",
+        "test_every[test_vit]",
+    }
+    assert list(outcome.faults.values()) == ["the process ended"]
+    turned = run(peer, "image", say=said.append)
+    assert "assert" in verdict("timm", "image", plain, turned).faults["tests/test_models.py::test_literal"]
+    # A second call runs nothing more.
+    count = len(said)
+    assert run(peer, "grid", say=said.append).outcomes == found.outcomes
+    assert len(said) == count

@@ -1,0 +1,166 @@
+"""What the runs say, as a page: the counts, what fails only because models were adapted, and what was not run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from peers import kinds
+from peers.explained import explanation
+from peers.running import Peer, Run, kinds_file
+
+SAID = {
+    "back": "grid kept at twice the patch, and back",
+    "grid": "grid kept at half the patch, or twice a small or odd one",
+    "image": "image kept at twice the patch, or half where that does not divide it",
+    "size": "image larger by a few patches, patch kept",
+}
+COLUMNS = "| library | models adapted | tests | pass | left out by their own bound | explained | faults |"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One mode of one library against its run on models as they are.
+
+    Attributes:
+        tests: those that pass on models as they are, and adapted one here.
+        passed: those of them that pass here.
+        skipped: those that skip models as large as these became, with their reason.
+        explained: those that have to fail, with the reason.
+        faults: the others, with their last line.
+        unrun: tests that pass as they are and were not run here: the run was a part.
+    """
+
+    tests: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)
+    explained: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    unrun: set[str] = field(default_factory=set)
+
+
+def verdict(name: str, mode: str, plain: Run, found: Run) -> Verdict:
+    """What fails on adapted models of what passes on models as they are."""
+    tests = plain.telling & found.changed
+    made = Verdict(tests, tests & found.of("passed"), unrun=plain.telling - set(found.outcomes))
+    for test in sorted(tests - made.passed):
+        outcome, message = found.outcomes[test]
+        reason = explanation(name, mode, test, message)
+        if outcome == "skipped":
+            made.skipped[test] = message
+        elif reason is not None:
+            made.explained[test] = reason
+        else:
+            made.faults[test] = message
+    # What fails where nothing could be adapted does so for a reason of its own, or because refusing broke something.
+    for test in sorted((plain.telling & found.of("failed")) - found.changed):
+        made.faults[test] = f"no model of it was adapted, and yet: {found.outcomes[test][1]}"
+    return made
+
+
+def document(runs: dict[tuple[Peer, str], Run]) -> tuple[str, int]:
+    """The page, and how many failures nothing explains."""
+    rows, reasons, faults, refusals = [], [], [], []
+    for (peer, mode), found in runs.items():
+        if mode == "none":
+            continue
+        one = verdict(peer.name, mode, runs[peer, "none"], found)
+        rows.append(
+            f"| {peer.name} | {SAID[mode]} | {len(one.tests)} | {len(one.passed)} | {len(one.skipped)} | "
+            f"{len(one.explained)} | {len(one.faults)} |"
+        )
+        for reason, count in Counter(one.explained.values()).most_common():
+            reasons.append(f"- {peer.name}, {SAID[mode]}: {_tests(count)}: {reason}")
+        faults += [f"- {peer.name}, {SAID[mode]}: `{test}`: {_quoted(last)}" for test, last in one.faults.items()]
+        refusals += [(peer.name, mode, kind, found.refused[kind], why) for kind, why in found.whys.items()]
+    text = [
+        *INTRODUCTION,
+        COLUMNS,
+        "|---|---|---:|---:|---:|---:|---:|",
+        *rows,
+        "",
+        f"Versions: {', '.join(peer.version for peer in _peers(runs))}.",
+        *_section("What fails because of a size that the test writes out", reasons),
+        *_section("What fails and nothing explains", faults or ["Nothing."]),
+        *_section("What was not run", list(_not_run(runs))),
+        *_section("Models that were refused, and left as they were", _refused(refusals)),
+    ]
+    return "\n".join(text) + "\n", len(faults)
+
+
+INTRODUCTION = (
+    "# The host libraries' own tests",
+    "",
+    "Made by `make peers`: each library's own tests, from the source archive of the installed version, run on its "
+    "models as they are, and again with every model that anypatch can adapt adapted as soon as it is built. A test "
+    "counts where it passes on models as they are and a model of it was adapted. What fails then is explained by a "
+    "size that the test writes out, or is a fault of anypatch. Some tests leave out models above a size of their own; "
+    "enlarged, a model can come to be one.",
+    "",
+)
+
+
+def _tests(count: int) -> str:
+    return f"{count} test{'s' if count != 1 else ''}"
+
+
+def _quoted(text: str) -> str:
+    return "`" + text.replace("`", "'")[:200] + "`"
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines] if lines else []
+
+
+def _peers(runs: dict[tuple[Peer, str], Run]) -> list[Peer]:
+    return list(dict.fromkeys(peer for peer, _ in runs))
+
+
+def _not_run(runs: dict[tuple[Peer, str], Run]) -> Iterator[str]:
+    for peer in _peers(runs):
+        plain = runs[peer, "none"]
+        passed, failed, skipped = (len(plain.of(outcome)) for outcome in ("passed", "failed", "skipped"))
+        yield (
+            f"- {peer.name}: of {len(plain.outcomes)} tests {passed} pass on models as they are "
+            f"({len(plain.telling)} of them build a model whose patch size anypatch knows), {skipped} skip themselves, "
+            f"{failed} fail: most ask for a download, a device or a package that is not there."
+        )
+        if plain.uncollected:
+            yield f"- {peer.name}: {len(plain.uncollected)} files need what is not installed: " + "; ".join(
+                f"`{name}` ({last})" for name, last in plain.uncollected.items()
+            )
+        if not plain.finished:
+            yield f"- {peer.name}: the run on models as they are was cut short."
+        if peer.all_models:
+            names, larger = kinds.chosen(kinds_file(peer))
+            measured = kinds.lines(kinds_file(peer))
+            known = sum("kind" in line for line in measured)
+            yield (
+                f"- {peer.name}: of its {len(measured)} models {known} have a patch size that anypatch knows. Tests "
+                f"that run on every model of the library run on the smallest of each kind, {len(names)} models; "
+                f"{larger} kinds have none below {kinds.MOST:.1e} parameters times tokens."
+            )
+        if peer.name == "transformers":
+            yield TRANSFORMERS
+        for (other, mode), found in runs.items():
+            left = verdict(peer.name, mode, plain, found).unrun if other == peer and mode != "none" else set()
+            if left:
+                yield f"- {peer.name}, {SAID[mode]}: {_tests(len(left))} not run yet."
+
+
+TRANSFORMERS = (
+    "- transformers: its source archive holds the common tests that every model has to pass "
+    "(`tests/test_modeling_common.py`), not the files of the single models (`tests/models`), and no other source in a "
+    "package registry does. The common tests run here on the tiny models of the [coverage run](coverage.md)."
+)
+
+
+def _refused(refusals: Sequence[tuple[str, str, str, int, str]]) -> list[str]:
+    """One line a class and reason, whatever the modes."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for name, mode, kind, _, why in refusals:
+        lines.setdefault((name, kind, why), []).append(mode)
+    return [
+        f"- {name}, `{kind}` ({', '.join(modes)}): {_quoted(why)}" for (name, kind, why), modes in sorted(lines.items())
+    ]
