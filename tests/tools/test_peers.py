@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
-from peers import explained, kinds, page, running
+from peers import choice, explained, page, running
 from peers.page import document, verdict
 from peers.running import CRASHED, Peer, Run, read, run
 
@@ -77,8 +78,7 @@ def test_what_was_not_run_is_said() -> None:
 
 
 @pytest.mark.usefixtures("one_row")
-def test_the_page_counts_and_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(running, "CACHE", tmp_path)
+def test_the_page_counts_and_names() -> None:
     peer = Peer("timm", "timm", ())
     text, faults = document({(peer, "none"): PLAIN, (peer, "grid"): FOUND})
     assert faults == 1
@@ -109,15 +109,10 @@ def test_a_cut_file_of_results_is_read_to_where_it_goes(tmp_path: Path) -> None:
     assert not found.finished
 
 
-def test_of_every_kind_the_smallest_is_chosen(tmp_path: Path) -> None:
-    lines: list[dict[str, Any]] = [
-        {"name": "base", "kind": ["m", "Vit"], "work": 9},
-        {"name": "tiny", "kind": ["m", "Vit"], "work": 3},
-        {"name": "huge", "kind": ["m", "Only"], "work": 99},
-        {"name": "resnet", "unknown": "no stem"},
-    ]
-    (tmp_path / "k").write_text("\n".join(map(json.dumps, lines)))
-    assert kinds.chosen(tmp_path / "k", most=50) == (["tiny"], 1)
+def test_the_models_of_the_coverage_run_stand_for_the_library() -> None:
+    names = choice.CHOICE["timm"]()
+    assert {"cait_xxs24_224", "vit_small_patch14_reg4_dinov2"} <= set(names) <= set(timm.list_models())
+    assert "resnet18" not in names
 
 
 TESTS = """
@@ -165,7 +160,7 @@ def test_one_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (source / "tests" / "test_models.py").write_text(TESTS)
     monkeypatch.setattr(running, "CACHE", tmp_path)
     peer = Peer("timm", "timm", ("tests",), all_models=True)
-    running.names_file(peer, measured=True).write_text("test_vit\n")
+    monkeypatch.setitem(choice.CHOICE, "timm", lambda: ["test_vit"])
 
     said: list[str] = []
     plain = run(peer, "none", say=said.append)

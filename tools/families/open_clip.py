@@ -34,13 +34,23 @@ TRUNKS = {
 
 
 def families() -> Iterator[Family]:
+    for names in _groups():
+        yield _family(names)
+
+
+def kinds() -> Iterator[tuple[list[str], bool]]:
+    """The models of every family, and whether it is refused."""
+    for names in _groups():
+        yield names, _family(names).refused
+
+
+def _groups() -> list[list[str]]:
     import open_clip
 
     groups: dict[str, list[str]] = {}
     for name in open_clip.list_models():
         groups.setdefault(_kind(open_clip.get_model_config(name)), []).append(name)
-    for names in groups.values():
-        yield _family(names, open_clip.get_model_config(names[0]))
+    return list(groups.values())
 
 
 def _kind(cfg: dict[str, Any]) -> str:
@@ -61,7 +71,10 @@ def _trunk(name: str) -> tuple[str, tuple[str, str, bool]]:
     )
 
 
-def _family(names: list[str], cfg: dict[str, Any]) -> Family:
+def _family(names: list[str]) -> Family:
+    import open_clip
+
+    cfg = open_clip.get_model_config(names[0])
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     vision = cfg["vision_cfg"]
     if "timm_model_name" in vision:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from peers import kinds
+from peers import choice
 from peers.explained import explanation
-from peers.running import Peer, Run, kinds_file
+from peers.running import Peer, Run
 
 SAID = {
     "back": "grid kept at twice the patch, and back",
@@ -133,13 +133,10 @@ def _not_run(runs: dict[tuple[Peer, str], Run]) -> Iterator[str]:
         if not plain.finished:
             yield f"- {peer.name}: the run on models as they are was cut short."
         if peer.all_models:
-            names, larger = kinds.chosen(kinds_file(peer))
-            measured = kinds.lines(kinds_file(peer))
-            known = sum("kind" in line for line in measured)
+            names = ", ".join(f"`{name}`" for name in choice.CHOICE[peer.name]())
             yield (
-                f"- {peer.name}: of its {len(measured)} models {known} have a patch size that anypatch knows. Tests "
-                f"that run on every model of the library run on the smallest of each kind, {len(names)} models; "
-                f"{larger} kinds have none below {kinds.MOST:.1e} parameters times tokens."
+                f"- {peer.name}: tests that run on every model of the library run on those behind the "
+                f"[coverage run](coverage.md) only, the smallest where an entry stands for many: {names}."
             )
         if peer.name == "transformers":
             yield TRANSFORMERS

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from peers import adapting, kinds
+from peers import adapting, choice
 
 TOOLS = Path(__file__).resolve().parents[1]
 ROOT = TOOLS.parent
 CACHE = ROOT / ".cache" / "peers"
 # A process that has built hundreds of models keeps some of their memory; a fresh one after so many tests does not.
-CHUNK = 250
+CHUNK = int(os.environ.get("ANYPATCH_PEERS_CHUNK", "250"))
 # Seconds for one test, where the library's own mark says nothing. The slowest of those that pass takes 90 on one core.
 PER_TEST = 600
 CRASHED = ("failed", "the process ended")
@@ -37,7 +37,7 @@ class Peer:
         select: pytest's ``-k``: the tests that build models.
         paths: folders of the archive that the tests import from. None holds the library: what is tested is installed.
         plugins: further pytest plugins.
-        all_models: whether tests run on every model of the library, of which those of `kinds` are chosen.
+        all_models: whether tests run on every model of the library, of which `choice` takes a few.
     """
 
     name: str
@@ -153,7 +153,7 @@ def _call(peer: Peer, source: Path, mode: str, select: str, result: Path) -> tup
     if mode != "none":
         environment["ANYPATCH_PEERS_BARE"] = str(result_file(peer, "none", select))
     if peer.all_models:
-        environment["ANYPATCH_PEERS_NAMES"] = str(names_file(peer))
+        environment["ANYPATCH_PEERS_NAMES"] = str(_names_file(peer))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "peers.adapting", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += [part for plugin in peer.plugins for part in ("-p", plugin)]
     command += ["--timeout", str(PER_TEST), "--continue-on-collection-errors", "-W", "ignore"]
@@ -161,16 +161,10 @@ def _call(peer: Peer, source: Path, mode: str, select: str, result: Path) -> tup
     return command, environment
 
 
-def kinds_file(peer: Peer) -> Path:
-    return CACHE / f"{peer.package}-{metadata.version(peer.package)}-kinds.jsonl"
-
-
-def names_file(peer: Peer, measured: bool = False) -> Path:
-    """The names of the models that tests of every model run on, measured once per version."""
-    target = kinds_file(peer).with_suffix(".txt")
-    if not target.is_file() and not measured:
-        kinds.measure(peer.name, kinds_file(peer))
-        target.write_text("\n".join(kinds.chosen(kinds_file(peer))[0]) + "\n")
+def _names_file(peer: Peer) -> Path:
+    """The names of the models that tests of every model run on."""
+    target = CACHE / f"{peer.name}-models.txt"
+    target.write_text("\n".join(choice.CHOICE[peer.name]()) + "\n")
     return target
 
 
