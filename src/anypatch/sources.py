@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -17,6 +18,7 @@ from anypatch.core.adapters import unwrap
 from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.merging import merged
+from anypatch.core.modes import with_own_dtype
 from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
@@ -26,6 +28,9 @@ from anypatch.hosts.folders import replaced_names, without_formats
 
 M = TypeVar("M", bound=nn.Module)
 
+# While transformers and diffusers load, the process has another default dtype and other initialisers, which each of
+# them puts back as it found them: one at a time, else what a thread finds is what another has put there for itself.
+LOADING = threading.RLock()
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 FORMS = (
     "timm:NAME, transformers:NAME_OR_DIR, open_clip:NAME/PRETRAINED, torchvision:NAME/WEIGHTS, hub:REPO:NAME, "
@@ -86,7 +91,9 @@ def load(
             ``model_class=`` chooses the class.
 
     Returns:
-        The host library's own model.
+        The host library's own model: in memory, or where ``host_kwargs`` say, in the dtype that it has without a word,
+        whatever default dtype, default device, autocast or inference mode is active around the call. Threads load one
+        after another.
 
     Raises:
         UnsupportedModelError: a source of no known form, a model that cannot be adapted, a library that is not
@@ -94,7 +101,8 @@ def load(
         CheckpointError: the source does not exist, cannot be had, cannot be read or is damaged.
         GeometryError: sizes that do not fit.
     """
-    model = _load(str(source), host_kwargs)
+    with LOADING, undisturbed(), with_own_dtype():
+        model = _load(str(source), host_kwargs)
     history.note_origin(unwrap(model), str(source))
     if patch_size is not None or image_size is not None:
         adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)

@@ -83,14 +83,11 @@ def _torchvision(place: Path) -> dict[str, Files]:
 
 
 def _peft(place: Path) -> dict[str, Files]:
-    """An adapter beside the directory of its base model."""
+    """A model and an adapter for it in one directory."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model = transformers.ViTModel.from_pretrained(place / "vit")
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "peft")
-    files = _read(place / "peft")
-    config = json.loads(files["adapter_config.json"])
-    files["adapter_config.json"] = json.dumps({**config, "base_model_name_or_path": str(place / "vit")}).encode()
-    return {"peft": files}
+    return {"peft": {**_read(place / "vit"), **_read(place / "peft")}}
 
 
 def _seeds(place: Path) -> dict[str, Files]:

@@ -38,6 +38,20 @@ def on_its_own() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def with_own_dtype() -> Iterator[None]:
+    """Run a block as if the process's default dtype were :data:`DTYPE`, for the calling thread alone.
+
+    What is switched to another one within the block, as transformers does while it builds, holds.
+    """
+    ambient = torch.get_default_dtype()
+    if ambient == DTYPE:
+        yield
+        return
+    with Typed(ambient), TypedNumbers(ambient):
+        yield
+
+
 class Plain(TorchDispatchMode):
     """Every operation on real tensors, with a generator and a dtype of its own where torch would take the global."""
 
@@ -66,11 +80,44 @@ class Plain(TorchDispatchMode):
             if "generator" in known.names:
                 self.draws += 1
                 kwargs["generator"] = Draw(self.draws)
+        return func, args, self.typed(func, args, kwargs)
+
+    def typed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """With the dtype that torch would take if :data:`DTYPE` were its default."""
+        known = about(func)
         if "dtype" in known.names and kwargs.get("dtype") is None and next(tensors_in((args, kwargs)), None) is None:
             dtype = _factory_dtype(func, args, kwargs)
             if dtype is not None:
                 kwargs["dtype"] = dtype
-        return func, args, kwargs
+        return kwargs
+
+
+class Typed(Plain):
+    """As :class:`Plain`, with the process's own random numbers, and only while the default dtype is the ambient one."""
+
+    def __init__(self, ambient: torch.dtype) -> None:
+        super().__init__()
+        self.ambient = ambient
+
+    def prepared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        return func, args, self.typed(func, args, kwargs) if torch.get_default_dtype() == self.ambient else kwargs
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().run(func, args, kwargs) if torch.get_default_dtype() == self.ambient else func(*args, **kwargs)
+
+
+class TypedNumbers(TorchFunctionMode):
+    """The same for ``torch.tensor`` of plain numbers, which reach no dispatch before they are a tensor."""
+
+    def __init__(self, ambient: torch.dtype) -> None:
+        super().__init__()
+        self.ambient = ambient
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return _numbers(func, args, kwargs, func(*args, **kwargs), torch.get_default_dtype() == self.ambient)
 
 
 class Explicit(TorchFunctionMode):
@@ -92,10 +139,14 @@ class Explicit(TorchFunctionMode):
                     self.drawn.add(id(target))
                 if id(target) in self.drawn:
                     return target
-        result = func(*args, **kwargs)
-        if func is torch.tensor and kwargs.get("dtype") is None and _is_foreign(result) and not _has_dtype(args):
-            return func(*args, **{**kwargs, "dtype": DTYPE})
+        return _numbers(func, args, kwargs, func(*args, **kwargs))
+
+
+def _numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, active: bool = True) -> Any:
+    """A result, made again in :data:`DTYPE` where it is of plain numbers and nobody named a dtype."""
+    if not active or func is not torch.tensor or kwargs.get("dtype") is not None:
         return result
+    return func(*args, **{**kwargs, "dtype": DTYPE}) if _is_foreign(result) and not _has_dtype(args) else result
 
 
 @dataclass

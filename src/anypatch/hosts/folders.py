@@ -30,12 +30,14 @@ class Format:
         keys: of which that file holds at least one.
         model: configuration and weights: replaced by every save.
         beside: what else belongs to the library: goes when another library's model takes the place.
+        never: of which that file holds none.
     """
 
     config: str
     keys: tuple[str, ...]
     model: tuple[str, ...]
     beside: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
 
 
 FORMATS = {
@@ -45,7 +47,8 @@ FORMATS = {
         ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "tower"),
     ),
     "torchvision": Format("torchvision.json", (), ("torchvision.json", *WEIGHTS)),
-    "timm": Format("config.json", ("architecture",), ("config.json", *WEIGHTS)),
+    # transformers' wrapper of timm's models says their architecture, too
+    "timm": Format("config.json", ("architecture",), ("config.json", *WEIGHTS), never=("model_type",)),
     "transformers": Format(
         "config.json",
         ("model_type", "architectures"),
@@ -112,7 +115,7 @@ def is_format(folder: Path, library: str) -> bool:
     if not path.is_file():
         return False
     config = read_json(path) if form.keys else {}
-    return not form.keys or any(key in config for key in form.keys)
+    return not form.keys or (any(k in config for k in form.keys) and not any(k in config for k in form.never))
 
 
 def replaced_names(folder: Path, library: str) -> Callable[[str], bool]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.modes import DTYPE
 from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
@@ -139,7 +140,8 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     kind = host_kwargs.pop("model_class", None) or diffusers.AutoModel
     if host_kwargs.get("pretrained") is True:
         del host_kwargs["pretrained"]
-    return kind.from_pretrained(name, **{"trust_remote_code": False, **host_kwargs})
+    # it would take the process's default dtype
+    return kind.from_pretrained(name, **{"trust_remote_code": False, "torch_dtype": DTYPE, **host_kwargs})
 
 
 def build(name: str, **host_kwargs: Any) -> nn.Module:

@@ -235,7 +235,7 @@ def _saved_geometry(name: str) -> Geometry | None:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         return subject(empty(lambda: make(kind, config))).geometry
     except (OSError, ValueError, AttributeError, UnsupportedModelError):
