@@ -237,3 +237,9 @@ def class_tokens(module: nn.Module) -> int:
         if parameter is not None and parameter.ndim > 1:
             count += parameter.shape[-2]
     return count
+
+
+def ancestors(path: str) -> list[str]:
+    """Of a module path, nearest first, down to the whole model (``""``)."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -360,6 +361,22 @@ def test_patches_are_cut_as_the_models_own_functions_cut_them() -> None:
     radio = FAMILIES["radio"].build()
     embeddings = next(m for m in radio.modules() if hasattr(m, "_image_to_patches"))
     assert torch.equal(embeddings._image_to_patches(image[None])[0], mine("radio"))
+
+
+def test_the_model_itself_says_in_which_order_it_writes_pixels() -> None:
+    class ChannelsFirst(transformers.ViTMAEForPreTraining):
+        def unpatchify(self, patches: Tensor, *_: object) -> Tensor:
+            side = math.isqrt(patches.shape[1])
+            cut = patches.unflatten(2, (3, 4, 4)).unflatten(1, (side, side))
+            return cut.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    config = transformers.ViTMAEConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )  # fmt: skip
+    for cls, order in ((transformers.ViTMAEForPreTraining, "h w c"), (ChannelsFirst, "c h w")):
+        assert describe(cls(config)).facts.order("decoder.decoder_pred.weight") == order
 
 
 # -- configurations and references -------------------------------------------------------------------------

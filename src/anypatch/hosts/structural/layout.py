@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from anypatch.core.geometry import Geometry, Size
-from anypatch.hosts.base import class_tokens
+from anypatch.hosts.base import ancestors, class_tokens
+from anypatch.hosts.flattening import pixel_heads
 from anypatch.hosts.structural.following import FRAME_NAMES, IMAGE_NAMES, entries, ints
-from anypatch.hosts.structural.heads import pixel_heads
 from anypatch.hosts.structural.stems import require_vit, stem_of, stems_of
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
     Table,
-    ancestors,
     find_tables,
     is_relative,
     position_tensors,

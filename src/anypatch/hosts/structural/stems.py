@@ -10,8 +10,9 @@ from torch import nn
 
 from anypatch.core.geometry import show
 from anypatch.errors import UnsupportedModelError
+from anypatch.hosts.base import ancestors
 from anypatch.hosts.structural.following import ints
-from anypatch.hosts.structural.tables import CONVOLUTIONS, Table, ancestors, position_tensors
+from anypatch.hosts.structural.tables import CONVOLUTIONS, Table, position_tensors
 
 PIXEL_CHANNELS = 4  # what an image has at most; a stem that reads more is known by cutting patches before anything else
 EMBEDDING = re.compile(r"patch|stem|tokeni[sz]", re.I)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anypatch.core.geometry import Geometry, Size
 from anypatch.core.roles import MAX_EXTRA
 from anypatch.core.tables import resample_grid, resample_tokens
+from anypatch.hosts.base import ancestors
 
 POSITION = re.compile(r"pos(ition)?(al)?s?_?(embed|emb|enc|table)|^pos$|^position(s|al)?$", re.I)
 ROTARY = re.compile(r"rope|rotary|freq", re.I)
@@ -133,9 +134,3 @@ def enumerates(tensor: Tensor | None, geometry: Geometry) -> int | None:
     if tensor.numel() != length or not 0 <= length - math.prod(geometry.grid) <= geometry.prefix_tokens:
         return None
     return length if torch.equal(tensor.flatten().cpu().long(), torch.arange(length)) else None
-
-
-def ancestors(path: str) -> list[str]:
-    """Of a module path, nearest first, down to the whole model (``""``)."""
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]

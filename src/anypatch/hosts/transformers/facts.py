@@ -106,7 +106,6 @@ ROWS: dict[str, Row] = {
     "beit": Row(relative=True),
     "data2vec-vision": Row(relative=True),
     # flattened patches
-    "vit_mae": Row(orders=((r"decoder_pred\.", "h w c"),)),
     "videomae": Row(orders=((r"decoder\.head\.", "t h w c"),)),
     "siglip2": _SIGLIP2,
     "siglip2_vision_model": _SIGLIP2,

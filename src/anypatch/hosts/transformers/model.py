@@ -20,6 +20,7 @@ from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import class_tokens
+from anypatch.hosts.flattening import pixel_heads
 from anypatch.hosts.timm import model as trunks
 from anypatch.hosts.timm.stems import NAME as TIMM
 from anypatch.hosts.transformers.config import (
@@ -363,13 +364,22 @@ def _facts(vision: Vision) -> Facts:
     padding = _stem_padding(vision)
     return Facts(
         folded=tiles,
-        orders={tensor: order for config in everywhere for tensor, order in row(config).orders},
+        orders=_told_orders(vision) | {tensor: order for config in everywhere for tensor, order in row(config).orders},
         suffix_tokens=getattr(vision.config, "num_detection_tokens", None) or 0,
         whole_multiples=padding > 0,
         sampling=Sampling(antialias=False),
         padding=padding,
         relative=_bilinear if any(row(config).relative for config in everywhere) else None,
     )
+
+
+def _told_orders(vision: Vision) -> dict[str, str]:
+    """What the model's own ``unpatchify`` or ``patchify`` says of its pixel heads; asked before any table."""
+    patch = size_of(getattr(vision.first, "patch_size", None))
+    convolutions = (m for m in vision.model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    stem = next((m for m in convolutions if m.stride[-2:] == patch), None)
+    heads = {} if stem is None else pixel_heads(vision.model, stem)
+    return {rf"^{re.escape(path)}\.": order for path, (_, order) in heads.items() if order}
 
 
 def _bilinear(table: Tensor, old: Size, new: Size) -> Tensor:

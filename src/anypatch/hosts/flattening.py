@@ -1,4 +1,4 @@
-"""Pixel heads of hand-made models: layers that write the pixels of a patch, and in which order."""
+"""Layers that write the pixels of a patch, and the order in which they do, asked of the model itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from anypatch.core.geometry import Size
-from anypatch.hosts.structural.tables import CONVOLUTIONS, ancestors
+from anypatch.hosts.base import ancestors
 
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 PIXELS = re.compile(r"(^|[._])pred$|pixel|recon|final_layer\.linear$|decoder\.head$", re.I)
 
 
 def pixel_heads(model: nn.Module, conv: Any) -> dict[str, tuple[int, str]]:
+    """The heads of a model whose patches ``conv`` cuts: path to (channels, flattening order, "" where unknown)."""
     pixels = math.prod(conv.stride)
     heads: dict[str, tuple[int, str]] = {}
     for path, module in model.named_modules():
