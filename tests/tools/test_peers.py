@@ -11,6 +11,7 @@ import pytest
 import timm
 
 from peers import choice, explained, page, running
+from peers.adapting import UNFED
 from peers.page import document, verdict
 from peers.running import CRASHED, Peer, Run, read, run
 
@@ -98,11 +99,15 @@ def test_a_cut_file_of_results_is_read_to_where_it_goes(tmp_path: Path) -> None:
         {"started": "b"},
         {"refused": "Net", "why": "a stem"},
         {"uncollected": "test_c.py", "last": "no module d"},
+        {"started": "x.py::TestLlava::test_b"},
+        {"test": "x.py::TestLlava::test_b", "outcome": "skipped", "last": f"Skipped: {UNFED}"},
     ]
     target = tmp_path / "x.jsonl"
     target.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "b", "outc')
     found = read(target)
-    assert found.outcomes == {"a": ("failed", "in its teardown"), "b": CRASHED}
+    assert found.outcomes["a"] == ("failed", "in its teardown")
+    assert found.outcomes["b"] == CRASHED
+    assert found.unfed == {"TestLlava"}
     assert found.changed == {"a"}
     assert found.whys == {"Net": "a stem"}
     assert found.uncollected == {"test_c.py": "no module d"}

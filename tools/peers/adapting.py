@@ -34,6 +34,8 @@ import pytest
 MODES = ("none", "back", "grid", "image", "size")
 # A test over more models than this is one over all the library's models: the chosen ones stand for them.
 MANY = 60
+# Why none of a family's tests run: the proof feeds a picture to a layer of it; what else the model takes is unknown.
+UNFED = "the proof feeds this family through an inner layer"
 _state = threading.local()
 
 
@@ -190,6 +192,11 @@ def _telling(lines: list[dict[str, Any]]) -> set[str]:
         if line.get("outcome") == "passed":
             passed.add(line["test"])
     return known & passed
+
+
+def unfed(lines: list[dict[str, Any]]) -> set[str]:
+    """Families, by the name of their class of tests, one of whose tests has shown that none can run."""
+    return {line["test"].split("::")[-2] for line in lines if line.get("last", "").endswith(UNFED)}
 
 
 # -- what came of each test --------------------------------------------------------------------------------------

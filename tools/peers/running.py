@@ -72,6 +72,7 @@ class Run:
         adapted: how many models were adapted, by class.
         refused: how many were refused, by class.
         whys: the last refusal, by class.
+        unfed: families of which none of the tests can run.
         uncollected: files whose tests could not be collected, with the error.
         finished: whether the run came to its end.
     """
@@ -82,6 +83,7 @@ class Run:
     adapted: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     whys: dict[str, str] = field(default_factory=dict)
+    unfed: set[str] = field(default_factory=set)
     uncollected: dict[str, str] = field(default_factory=dict)
     finished: bool = False
 
@@ -192,8 +194,9 @@ def code() -> str:
 
 def read(result: Path) -> Run:
     """What a file of results says."""
-    found, running = Run(), ""
-    for line in adapting.results(result):
+    lines, running = adapting.results(result), ""
+    found = Run(unfed=adapting.unfed(lines))
+    for line in lines:
         if "started" in line:
             running = line["started"]
             found.outcomes[running] = CRASHED
