@@ -33,9 +33,10 @@ class Peer:
     Attributes:
         name: as it is imported.
         package: as it is installed.
-        tests: what pytest is given, below the unpacked archive; of this repository where it starts with ``tools``.
+        tests: what pytest is given, below the unpacked archive; of this repository those in `OURS`.
         select: pytest's ``-k``: the tests that build models.
         paths: folders of the archive that the tests import from. None holds the library: what is tested is installed.
+        mentions: of a folder of tests, the files that say this are taken: what they build models with.
         plugins: further pytest plugins.
         all_models: whether tests run on every model of the library, of which `choice` takes a few.
     """
@@ -45,6 +46,7 @@ class Peer:
     tests: tuple[str, ...]
     select: str = ""
     paths: tuple[str, ...] = ()
+    mentions: str = ""
     plugins: tuple[str, ...] = ()
     all_models: bool = False
 
@@ -54,11 +56,16 @@ class Peer:
 
 
 PEERS = (
-    Peer("timm", "timm", ("tests",), all_models=True),
+    # Pretrained weights, and what they compute, lie on the hub.
+    Peer("timm", "timm", ("tests",), "not _pretrained[ and not test_model_inference", mentions="create_model",
+         all_models=True),
     Peer("transformers", "transformers", ("tools/peers/transformers_models.py",), paths=(".",)),
     Peer("open_clip", "open_clip_torch", ("tests/test_inference.py", "tests/test_training_simple.py"),
          paths=("tests",), plugins=("peers.open_clip_data",), all_models=True),
 )  # fmt: skip
+
+
+OURS = ("tools/peers/transformers_models.py",)  # tests of this repository, over the classes of the archive
 
 
 @dataclass
@@ -139,7 +146,7 @@ def run(peer: Peer, mode: str, select: str = "", chunks: int | None = None, say:
 
 def _call(peer: Peer, source: Path, mode: str, select: str, result: Path) -> tuple[list[str], dict[str, str]]:
     """What runs the tests, and its environment."""
-    tests = [str(ROOT / test if test.startswith("tools") else source / test) for test in peer.tests]
+    tests = [str(path) for test in peer.tests for path in _files(peer, ROOT if test in OURS else source, test)]
     chosen = " and ".join(f"({part})" for part in (peer.select, select) if part)
     paths = [ROOT / "src", TOOLS, *(source / path for path in peer.paths)]
     environment = {
@@ -161,6 +168,13 @@ def _call(peer: Peer, source: Path, mode: str, select: str, result: Path) -> tup
     command += ["--timeout", str(PER_TEST), "--continue-on-collection-errors", "-W", "ignore"]
     command += ["-c", os.devnull, "--rootdir", str(source), *tests, *(["-k", chosen] if chosen else [])]
     return command, environment
+
+
+def _files(peer: Peer, folder: Path, test: str) -> list[Path]:
+    path = folder / test
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.glob("test_*.py")) if peer.mentions in file.read_text(encoding="utf-8")]
 
 
 def _names_file(peer: Peer) -> Path:
