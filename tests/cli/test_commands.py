@@ -233,6 +233,21 @@ def test_values_are_read_as_python_and_json_write_them(text: str, value: object)
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("timm:vit_tiny_patch16_224", "patch_size 15x15 does not divide image_size 224x224"),
+        ("torchvision:vit_b_32/DEFAULT", "patch_size 15x15 does not divide image_size 224x224"),
+        ("timm:xcit_nano_12_p16_224", "not one linear map per patch"),
+    ],
+)
+def test_sizes_are_looked_at_before_weights_are_downloaded(anypatch: Anypatch, source: str, says: str) -> None:
+    """No network here: what is said instead is of the sizes."""
+    result = anypatch("adapt", source, "--patch-size", "15", "--output", "out")
+    assert result.returncode
+    assert says in result.stderr
+
+
 def test_no_weights_are_loaded_unless_asked(anypatch: Anypatch) -> None:
     """No network here: `timm:vit_tiny_patch16_224` cannot be downloaded."""
     assert "224x224" in anypatch("inspect", "timm:vit_tiny_patch16_224").stdout

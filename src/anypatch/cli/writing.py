@@ -12,7 +12,7 @@ from anypatch.cli import output as out
 from anypatch.cli.models import load_source
 from anypatch.cli.stderr import working
 from anypatch.cli.targets import nothing_empty_left, require_format, require_target
-from anypatch.core.geometry import Geometry, parse_image_size, parse_size, show
+from anypatch.core.geometry import Geometry, Keep, parse_image_size, parse_size, show, target_geometry
 from anypatch.errors import GeometryError
 
 
@@ -43,6 +43,8 @@ def adapt(
 
     sizes = _sizes(patch_size, image_size)
     require_target(output, source, overwrite)
+    if not Path(source).expanduser().exists():
+        _require_fit(source, option, sizes, keep.value)
     model = load_source(source, option, arch, True, quiet, prefix)
     before = geometry(model)
     require_format(output, before.library)
@@ -110,6 +112,28 @@ def _sizes(patch_size: str | None, image_size: str | None) -> tuple[Any, Any]:
         raise GeometryError("nothing to change: give --patch-size, --image-size or both")
     patch = None if patch_size is None else parse_size(patch_size, "--patch-size")
     return patch, None if image_size is None else parse_image_size(image_size, "--image-size")
+
+
+def _require_fit(source: str, option: list[str] | None, sizes: tuple[Any, Any], keep: Keep) -> None:
+    """That the sizes fit a model with a name, found out before its weights are downloaded.
+
+    Raises:
+        GeometryError: they do not.
+        UnsupportedModelError: the model takes no other patch.
+    """
+    from anypatch.adaptation import geometry, make_plan
+    from anypatch.core.empty import empty
+
+    try:
+        model = empty(lambda: load_source(source, option, None, False, True))
+        current = geometry(model)
+    except Exception:  # whatever it is, loading finds it as well, and says it of the weights that were asked for
+        return
+    try:
+        target_geometry(current, *sizes, keep)
+    except GeometryError:
+        make_plan(model, *sizes, keep=keep)  # says the same, or what no size would mend
+        raise
 
 
 def _steps(before: Geometry, after: Geometry) -> str:
