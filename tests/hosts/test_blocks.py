@@ -14,9 +14,9 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.blocks import as_tokens, block_list, reading, spread
 
 
-def said(model: nn.Module, pixels: Tensor, count: int = 3) -> list[Any]:
+def said(model: nn.Module, pixels: Tensor) -> list[Any]:
     subject = describe(model.eval())
-    with torch.no_grad(), reading(spread(block_list(subject), count)) as seen:
+    with torch.no_grad(), reading(spread(block_list(subject), (1 / 4, 1 / 2, 3 / 4))) as seen:
         host(model).features(subject, pixels)
     return [as_tokens(subject, output, pixels) for output in seen]
 

@@ -38,14 +38,14 @@ def block_list(subject: Subject) -> list[nn.Module]:
     return found
 
 
-def spread(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:
-    """As many blocks as ``count``, evenly spread and without the last, whose tokens are the output's.
+def spread(blocks: Sequence[nn.Module], shares: Sequence[float]) -> list[nn.Module]:
+    """The blocks after which these shares of all have run, each once; not the last, whose tokens are the output's.
 
     >>> layers = [nn.Identity() for _ in range(12)]
-    >>> [layers.index(block) + 1 for block in spread(layers, 3)]
-    [3, 6, 9]
+    >>> [layers.index(block) + 1 for block in spread(layers, (1 / 2, 3 / 4, 11 / 12))]
+    [6, 9, 11]
     """
-    places = dict.fromkeys(len(blocks) * (i + 1) // (count + 1) - 1 for i in range(count))
+    places = dict.fromkeys(round(len(blocks) * share) - 1 for share in shares)
     return [blocks[place] for place in places if 0 <= place < len(blocks) - 1]
 
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Scale of a crop's area and its shape: torchvision's RandomResizedCrop, less extreme at the small end than its 0.08,
-# so that things keep a size at which the teacher knows them. Nor is a crop smaller than it is wanted, where the image
-# is large enough: enlarged crops are blurred, and what fine structure a larger patch holds is not learned from them.
-AREA, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
+# so that things keep a size at which the teacher knows them. Crops of 0.3 and more, none of them enlarged, taught no
+# more (benchmarks/tuning_notes.md).
+AREA, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 FLIP = 0.5  # of the crops are mirrored: half, so that neither side is the usual one
 # Brightness, contrast and saturation by up to this factor in 80 % of crops: DINOv2's jitter.
 JITTER, JITTERED = 0.4, 0.8
@@ -76,7 +76,7 @@ def augmented(image: Image, random: Any, sizes: list[tuple[int, int]], preproces
     from PIL import ImageEnhance
 
     height, width = sizes[0]
-    box = random_box(image.width, image.height, random, width / height, width * height)
+    box = random_box(image.width, image.height, random, width / height)
     mirrored, jittered = random.random() < FLIP, random.random() < JITTERED
     factors = random.uniform(1 - JITTER, 1 + JITTER, 3)
     resample = Pillow.Resampling[preprocess.interpolation.upper()]
@@ -94,13 +94,10 @@ def augmented(image: Image, random: Any, sizes: list[tuple[int, int]], preproces
     return found
 
 
-def random_box(width: int, height: int, random: Any, shape: float, least: int) -> tuple[float, float, float, float]:
-    """A crop of random area, of ``least`` pixels where there are so many, and of random shape around ``shape``; the
-    largest that fits where none is found."""
+def random_box(width: int, height: int, random: Any, shape: float) -> tuple[float, float, float, float]:
+    """A crop of random area and shape, around ``shape``; the largest that fits where none is found."""
     for _ in range(DRAWS):
-        area = random.uniform(
-            max(AREA[0] * width * height, min(least, AREA[1] * width * height)), AREA[1] * width * height
-        )
+        area = width * height * random.uniform(*AREA)
         ratio = shape * math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         wide, tall = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if wide <= width and tall <= height:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-
-import torch
-from torch import nn
 
 # AdamW without weight decay: the start is a solution already, and decay pulls away from it. A shorter memory of squares
 # than the usual 0.999 forgets the first steps' gradients within a run of some hundred steps.
@@ -16,13 +12,18 @@ WARM_UP = 0.1  # share of the steps over which the rate rises; Adam's first step
 # the gradient is, which is what destroys features at once
 AVERAGE = 0.1  # the moving average remembers this share of the run
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way from the start to the tuned weights, the first best by held-out fidelity
-# The range test: rates tried from the start of the run, rising by fours as long as they are no worse; each run is as
-# long as it has to be to tell, and a twentieth of the steps at most.
-FIRST_RATE, LAST_RATE, FACTOR = 1e-6, 1e-2, 4.0
-TRIAL_STEPS, TRIAL_SHARE = (3, 12), 1 / 20
-# Tokens between blocks that are compared with the teacher's, and the weight of their distance beside the outputs'.
-INSIDE, INSIDE_WEIGHT = 3, 3.0
-ROUNDS = 4  # times that each crop is seen: what the teacher says of one costs as much as two steps with it
+# The layer that sees pixels steps in coordinates in which pixels are alike (whitening.py), and shorter than the others:
+# a random step of its weights moves features fifty times as far as one of any other layer. Directions with less power
+# than this share of the mean are stretched no further: gradients there are noise.
+PIXELS, DAMPING = 0.5, 0.05
+# The range test: rates tried from the start of the run, doubled as long as they are no worse; each run is as long as it
+# has to be to tell, and a fortieth of the steps at most.
+FIRST_RATE, LAST_RATE, FACTOR = 4e-6, 1e-2, 2.0
+TRIAL_STEPS, TRIAL_SHARE = (4, 12), 1 / 40
+# Tokens between blocks that are compared with the teacher's: after these shares of the blocks, and the weight of their
+# distance beside the outputs'.
+INSIDE, INSIDE_WEIGHT = (1 / 4, 1 / 2, 3 / 4), 3.0
+ROUNDS = 6  # times that each crop is seen: what the teacher says of one costs as much as two steps with it
 POOL_BYTES = 2 * 2**30  # of crops and what the teacher says of them, all processes together
 LOOKS = 10  # times that the held-out images are looked at during a run, and the state is written
 
@@ -47,10 +48,6 @@ def decay(steps: int) -> float:
 def rows(steps: int) -> int:
     """Batches of the pool that a run of so many steps makes."""
     return max(math.ceil(steps / ROUNDS), 1)
-
-
-def optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
 
 
 def trial_rates() -> list[float]:

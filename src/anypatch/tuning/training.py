@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anypatch.adaptation import describe
 from anypatch.core.geometry import Size, show
 from anypatch.errors import DataError, UnsupportedModelError
 from anypatch.hosts.images import Features
@@ -25,6 +26,7 @@ from anypatch.tuning.distance import Face, Fidelity, distances, fidelity
 from anypatch.tuning.pool import Batch, Pool
 from anypatch.tuning.said import Said
 from anypatch.tuning.weights import Weights, averaged, kept, put_back, put_mixed, trained
+from anypatch.tuning.whitening import Optimizer, Whitening, whitenings
 
 
 @dataclass
@@ -80,6 +82,12 @@ class Pair:
             (self.grid,) = grids
         return ""
 
+    def whitened(self) -> dict[nn.Parameter, Whitening]:
+        """The layer that sees pixels, with what makes them alike, measured on the held-out images."""
+        preprocess = self.teacher.preprocess
+        pixels = [preprocess.normalise(batch) for batch in self.held_out[self.teacher.image_size]]
+        return whitenings(describe(self.student).part, pixels)
+
     def teach(self, crops: Tensor) -> Said:
         """What the teacher says of crops, as it is kept."""
         with torch.no_grad(), self.cast():
@@ -109,6 +117,7 @@ class Trainer:
     team: Team
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    whitened: dict[nn.Parameter, Whitening] | None = None
 
     def patch_at(self, step: int) -> Size:
         """The patch size of a step (FlexiViT draws one uniformly for each)."""
@@ -180,6 +189,12 @@ class Trainer:
             if moved is not tensor:
                 tensor.copy_(moved)
 
+    def optimizer(self) -> Optimizer:
+        """A new one, for a run or a trial."""
+        if self.whitened is None:
+            self.whitened = self.pair.whitened()
+        return Optimizer(trained(self.pair.student).values(), self.whitened)
+
     # -- the learning rate and the number of steps -----------------------------------------------------------------
 
     def steps_within(self, seconds: float) -> int:
@@ -188,7 +203,7 @@ class Trainer:
         A row of the pool and a step are tried on the second of two, and the steps taken back.
         """
         start = kept(self.pair.student)
-        optimizer = schedule.optimizer(trained(self.pair.student))
+        optimizer = self.optimizer()
         batches, times = [], []
         for number in range(2):
             began = time.perf_counter()
@@ -217,7 +232,7 @@ class Trainer:
         rates, count = schedule.trial_rates(), schedule.trial_steps(steps)
         for number, peak in enumerate(rates):
             self.progress("finding the learning rate", number, len(rates))
-            optimizer = schedule.optimizer(trained(self.pair.student))
+            optimizer = self.optimizer()
             losses = [self.step(i, self.pool.row(i), optimizer, schedule.rate(i, count, peak)) for i in range(count)]
             found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
             put_back(self.pair.student, start)
@@ -231,7 +246,7 @@ class Trainer:
 
     def run(self, state: State, checkpoint: Checkpoint) -> None:
         """Train from ``state`` to its last step; the state, the weights in it too, is where the run stands."""
-        optimizer = schedule.optimizer(trained(self.pair.student))
+        optimizer = self.optimizer()
         scaler = torch.amp.GradScaler(self.pair.device.type, enabled=self.pair.precision == "fp16")
         state.restore(self.pair.student, optimizer, scaler)
         decay, every = schedule.decay(state.steps), max(math.ceil(state.steps / schedule.LOOKS), 1)
