@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from peers import choice
 from peers.explained import explanation
-from peers.running import Peer, Run
+from peers.running import Peer, Run, code
 
 SAID = {
     "back": "grid kept at twice the patch, and back",
@@ -144,6 +144,8 @@ def _not_run(runs: dict[tuple[Peer, str], Run]) -> Iterator[str]:
             left = verdict(peer.name, mode, plain, found).unrun if other == peer and mode != "none" else set()
             if left:
                 yield f"- {peer.name}, {SAID[mode]}: {_tests(len(left))} not run yet."
+            if other == peer and mode != "none" and found.code != code():
+                yield f"- {peer.name}, {SAID[mode]}: run on an earlier state of anypatch's code."
 
 
 TRANSFORMERS = (

@@ -82,6 +82,7 @@ class Run:
         unfed: families of which none of the tests can run.
         uncollected: files whose tests could not be collected, with the error.
         finished: whether the run came to its end.
+        code: the state of anypatch's code that it is of, as `code` says it.
     """
 
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class Run:
     unfed: set[str] = field(default_factory=set)
     uncollected: dict[str, str] = field(default_factory=dict)
     finished: bool = False
+    code: str = ""
 
     def of(self, outcome: str) -> set[str]:
         return {test for test, (found, _) in self.outcomes.items() if found == outcome}
@@ -218,6 +220,8 @@ def read(result: Path) -> Run:
             before = found.outcomes.get(line["test"], CRASHED)
             if before == CRASHED or before[0] == "passed":  # a failing teardown after a passing call
                 found.outcomes[line["test"]] = (line["outcome"], line["last"])
+        elif "of" in line:
+            found.code = line["of"][1]
         elif "uncollected" in line:
             found.uncollected[line["uncollected"]] = line["last"]
         elif "known" in line:
