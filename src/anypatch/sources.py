@@ -23,6 +23,7 @@ from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
+from anypatch.files.snapshot import copy_within, require_inside
 from anypatch.hosts import cards, door
 from anypatch.hosts.folders import replaced_names, without_formats
 
@@ -224,7 +225,7 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
             _write(library, inner, place, path, extras)
             kept = cards.own_card(source)
             if kept is not None and not (place / cards.CARD).exists():
-                atomic.copy_whole(kept, place / cards.CARD)
+                copy_within(kept, kept.parent, place / cards.CARD)
             texts = cards.card(library.name, library.version, type(inner).__name__, steps, source, path)
             for name, text in texts.items():
                 (place / name).write_text(text, encoding="utf-8")
@@ -309,6 +310,7 @@ def _upload(
         raise UnsupportedModelError(
             f"uploading needs huggingface_hub installed: pip install huggingface_hub ({error})"
         ) from error
+    require_inside(folder)
     api = HfApi(endpoint=endpoint, token=token)
     try:
         made = api.create_repo(repo_id, private=private, exist_ok=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import importlib
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -215,8 +217,10 @@ def test_absurd_header_lengths(tmp_path: Path, length: int) -> None:
 
 
 def test_other_files(tmp_path: Path) -> None:
-    for content, message in ((b"", "no checkpoint"), (b"hello there, no weights", "no checkpoint"),
-                             (b"version https://git-lfs.github.com/spec/v1\n", "LFS")):  # fmt: skip
+    for content, message in ((b"", "is empty"), (b"hello there, no weights", "no checkpoint"),
+                             (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+                             (gzip.compress(b"x"), "by gzip: unpack"), (lzma.compress(b"x"), "by xz"),
+                             (bytes(257) + b"ustar", "tar archive"), (b"<!DOCTYPE html>", "web page")):  # fmt: skip
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             read(tmp_path / "x.pt")

@@ -378,11 +378,3 @@ def require_free(target: Path, overwrite: bool = False, source: Path | None = No
             f"{target} is not empty ({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): name another place, or "
             f"pass overwrite to replace the model in it"
         )
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file, or a directory of files, following links."""
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)

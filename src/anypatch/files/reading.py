@@ -17,6 +17,19 @@ from anypatch.files.pickles import read_archive
 from anypatch.files.scripted import scripted_tensors
 from anypatch.files.wrappers import unwrap
 
+# What people take for checkpoints, by how it begins.
+OTHERS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights themselves: fetch them with git lfs pull"),
+    (b"\x1f\x8b", "packed by gzip: unpack it first"),
+    (b"BZh", "packed by bzip2: unpack it first"),
+    (b"\xfd7zXZ", "packed by xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd: unpack it first"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes them, which are not read: use weights for PyTorch"),
+    (b"GGUF", "a GGUF file, which is not read: use weights for PyTorch"),
+    (b"<", "a web page, not weights: the download gave an answer for people"),
+)
+TAR = (257, b"ustar")  # where a tar archive says what it is
+
 
 @dataclass
 class Checkpoint:
@@ -113,9 +126,17 @@ def sniff(path: Path) -> str:
         return "legacy"
     if len(start) > 8 and start[8:9] == b"{":
         return "safetensors"
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves: fetch them with git lfs pull")
-    raise CheckpointError(f"{path} is no checkpoint: neither safetensors, nor torch.save, nor .npz")
+    what = next((says for mark, says in OTHERS if start.startswith(mark)), None)
+    if what is None and _is_tar(path):
+        what = "a tar archive: unpack it, and name the file of weights in it"
+    if not start:
+        what = "empty"
+    raise CheckpointError(f"{path} is {what or 'no checkpoint: neither safetensors, nor torch.save, nor .npz'}")
+
+
+def _is_tar(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(TAR[0] + len(TAR[1]))[TAR[0] :] == TAR[1]
 
 
 def _sniff_zip(path: Path, names: list[str]) -> str:

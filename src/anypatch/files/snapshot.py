@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from anypatch.errors import CheckpointError
@@ -68,3 +69,33 @@ def copy_link(path: Path, target: Path) -> None:
     """The same link at another place: to the same file, whose content is not copied."""
     text = os.readlink(path)
     target.symlink_to(text if os.path.isabs(text) else os.path.abspath(path.parent / text))
+
+
+def copy_within(path: Path, folder: Path, target: Path) -> None:
+    """Copy a file or a directory of a directory; what is a link to something outside stays a link.
+
+    Args:
+        path: what to copy.
+        folder: the directory that it belongs to.
+        target: where to.
+    """
+    if leads_outside(path, folder):
+        copy_link(path, target)
+    elif path.is_dir():
+        target.mkdir()
+        for entry in sorted(path.iterdir()):
+            copy_within(entry, folder, target / entry.name)
+    else:
+        shutil.copyfile(path, target)
+
+
+def require_inside(folder: Path) -> None:
+    """Nothing in a directory is a link to something outside, whose content would go along.
+
+    Raises:
+        CheckpointError: something is; the message names it.
+    """
+    for root, directories, names in os.walk(folder, followlinks=False):
+        for path in (Path(root, name) for name in (*directories, *names)):
+            if leads_outside(path, folder):
+                raise CheckpointError(f"{path} is a link to {os.readlink(path)}, outside {folder}: put the file there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from anypatch.files.tensors import Shapes, difference, shapes_of, stored_shapes
 
 ADVICE = "save its state_dict instead, and adapt a fresh model before loading it"
 # Layers that do nothing at inference: one may stand for another.
+# Plain values of attention and windows, beside what torch itself calls a layer's constants; those that do nothing to
+# values at inference, or that a library sets by what the machine has.
+CONSTANTS = ("eps", "num_heads", "num_attention_heads", "head_dim", "scale", "scaling", "window_size", "shift_size")
+IDLE_CONSTANTS = frozenset(("inplace", "p", "prob", "drop_prob", "training", "fused_attn", "scale_by_keep"))
+PLAIN = (int, float, str, bool, list, tuple)
 IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout", "StochasticDepth")
 
 
@@ -44,14 +50,14 @@ def require_rebuilds(
         raise UnsupportedModelError(f"{title} cannot be rebuilt from its configuration ({error}): {ADVICE}") from error
     found = difference(stored_shapes(folder), names(built), optional(built))
     if found is None:
-        found = _other_layer(live, built)
+        found = _other_layer(live, built) or _other_constant(live, built)
     if found is not None:
         raise UnsupportedModelError(f"{title} would be rebuilt otherwise, with {found}: {ADVICE}")
 
 
 def _other_layer(live: nn.Module, built: nn.Module) -> str | None:
     """A layer without tensors of its own, an activation or a pooling, that is another one in the built model."""
-    own = dict(live.named_modules())
+    own = dict(live.named_modules(remove_duplicate=False))
     for path, layer in built.named_modules():
         if not path or any(True for _ in layer.children()) or layer._parameters or layer._buffers:
             continue
@@ -61,6 +67,28 @@ def _other_layer(live: nn.Module, built: nn.Module) -> str | None:
         instead = "nothing" if mine is None else f"a {type(mine).__name__}"
         return f"a {type(layer).__name__} as {path}, where the model has {instead}"
     return None
+
+
+def _other_constant(live: nn.Module, built: nn.Module) -> str | None:
+    """A plain value that a layer computes with and no tensor shows, which is another one in the built model."""
+    own = dict(live.named_modules(remove_duplicate=False))
+    for path, layer in built.named_modules():
+        mine = own.get(path)
+        if type(mine) is not type(layer) or _nothing(layer):
+            continue
+        for name in sorted({*CONSTANTS, *getattr(type(layer), "__constants__", ())} - IDLE_CONSTANTS):
+            before, after = getattr(mine, name, None), getattr(layer, name, None)
+            if isinstance(before, PLAIN) and isinstance(after, PLAIN) and not _alike(before, after):
+                return f"{name} {after} at {path}, where the model has {before}"
+    return None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, float) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-9)  # one root or another of the same number
+    return bool(a == b)
 
 
 def _nothing(layer: nn.Module) -> bool:

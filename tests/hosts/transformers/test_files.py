@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 import anypatch
+from anypatch import CheckpointError, UnsupportedModelError
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32,
@@ -73,3 +74,63 @@ def _renamed(folder: Path) -> Any:
 @pytest.mark.parametrize("make", [_with_adapters, _attached, _renamed])
 def test_what_a_loader_translated_is_written_in_the_librarys_own_terms(tmp_path: Path, make: Any) -> None:
     _assert_saves_the_same(make(tmp_path / "in"), tmp_path / "out")
+
+
+# -- models that a user changed ---------------------------------------------------------------------------------
+
+
+def _cut(model: Any) -> None:
+    model.layers = model.layers[:1]
+
+
+def _tied(model: Any) -> None:
+    model.layers[1].mlp.fc1.weight = model.layers[0].mlp.fc1.weight
+
+
+def _both(model: Any) -> None:
+    _tied(model)
+    model.layers.append(model.layers[0])
+
+
+@pytest.mark.parametrize("change", [_cut, _tied, _both])
+def test_cut_and_tied_layers(tmp_path: Path, change: Any) -> None:
+    model = transformers.ViTModel(transformers.ViTConfig(**{**SMALL, "num_hidden_layers": 2})).eval()
+    change(model)
+    _assert_saves_the_same(model, tmp_path / "out")
+    assert model.config.num_hidden_layers == 2  # the live model is left alone
+    written = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert written.num_hidden_layers == len(model.layers)
+
+
+def test_a_value_that_the_configuration_does_not_say(tmp_path: Path) -> None:
+    model = _vit()
+    model.layers[0].layernorm_before.eps = 0.5
+    with pytest.raises(UnsupportedModelError, match=r"eps 1e-12 at layers\.0\.layernorm_before, where .* 0\.5"):
+        anypatch.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- links ------------------------------------------------------------------------------------------------------
+
+
+def test_links_to_something_outside_stay_links(tmp_path: Path) -> None:
+    """What a directory's author could not read does not go along with what is saved, nor is it written to."""
+    secret, folder = tmp_path / "secret", tmp_path / "in"
+    secret.mkdir()
+    (secret / "key").write_text("{}")
+    _vit().save_pretrained(folder)
+    for name in ("vocab.txt", "README.md", "preprocessor_config.json"):
+        (folder / name).symlink_to(secret / "key")
+    (folder / "additional_chat_templates").symlink_to(secret)
+    (folder / "merges.txt").write_text("mine")
+    (folder / "special_tokens_map.json").symlink_to("merges.txt")  # inside
+    model = anypatch.load(folder)
+    anypatch.adapt(model, 16)
+    anypatch.save(model, tmp_path / "out")
+    for name in ("vocab.txt", "README.md", "preprocessor_config.json", "additional_chat_templates"):
+        assert (tmp_path / "out" / name).is_symlink(), name
+    assert not (tmp_path / "out" / "special_tokens_map.json").is_symlink()
+    assert (tmp_path / "out" / "special_tokens_map.json").read_text() == "mine"
+    assert (secret / "key").read_text() == "{}"
+    with pytest.raises(CheckpointError, match=r"is a link to .*secret"):
+        anypatch.push_to_hub(model, "some/model")

@@ -22,7 +22,7 @@ from anypatch.hosts.timm.facts import row
 from anypatch.hosts.timm.fitting import fit
 from anypatch.hosts.timm.inference import candidates
 from anypatch.hosts.timm.model import sizes_of
-from anypatch.hosts.timm.private import core_of, recorded, with_classes, write_config
+from anypatch.hosts.timm.private import core_of, depth_of, record, recorded, with_classes, with_depth, write_config
 from anypatch.hosts.timm.safety import LOCAL, checked_folder, described
 from anypatch.hosts.timm.stems import NAME, stem_of, title_of
 from anypatch.hosts.vetting import repository_file
@@ -129,7 +129,8 @@ def repository(name: str) -> tuple[str, str] | None:
 def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     """Write a directory that ``timm.create_model("local-dir:...", pretrained=True)`` takes.
 
-    A head that was replaced by a linear layer, or taken off, is written as the number of classes that makes it.
+    A head that was replaced by a linear layer, or taken off, is written as the number of classes that makes it, blocks
+    that were taken off as the depth.
 
     Raises:
         UnsupportedModelError: timm could not rebuild this model at its present geometry.
@@ -138,12 +139,22 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
     from safetensors.torch import save_file
 
     stem = stem_of(model)
+    described = _with_depth(model)
     if not recorded(model) and not row(core_of(model)).pixel_kernel:
-        extras["model_args"] = {**sizes_of(model, stem.geometry, stem), **extras.get("model_args", {})}
+        sizes = {**record(described), **sizes_of(model, stem.geometry, stem)}
+        extras["model_args"] = {**sizes, **extras.get("model_args", {})}
     title = f"timm's {title_of(model)}"
     save_file(contiguous(model, title), directory / "model.safetensors")
-    write_config(_with_classes(model), directory / "config.json", **extras)
+    write_config(_with_classes(described), directory / "config.json", **extras)
     require_rebuilds(directory, model, lambda: timm.create_model(f"local-dir:{directory}"), title)
+
+
+def _with_depth(model: Any) -> Any:
+    """The model as its configuration has to describe it: with the number of blocks that it has."""
+    blocks = core_of(model)._modules.get("blocks")
+    if core_of(model) is not model or not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        return model
+    return model if depth_of(model) in (None, len(blocks)) else with_depth(model, len(blocks))
 
 
 def _with_classes(model: Any) -> Any:

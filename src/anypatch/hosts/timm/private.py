@@ -8,6 +8,7 @@ and ``_traits``), the variables of ``build_model_with_cfg`` at work, the class o
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,23 @@ def with_classes(model: Any, classes: int) -> Any:
         if "num_classes" in (vars(model).get(name) or {}):
             setattr(described, name, {**vars(model)[name], "num_classes": classes})
     return described
+
+
+def with_depth(model: Any, depth: int) -> Any:
+    """A second name for the same modules, whose notes say that it was made with another number of blocks."""
+    described = copy.copy(model)
+    described._model_args = {**record(model), "depth": depth}
+    return described
+
+
+def depth_of(model: Any) -> int | None:
+    """The number of blocks that timm would construct; ``None`` where that is no one number."""
+    made = construction(model.pretrained_cfg["architecture"].partition(".")[0])
+    if made is None:
+        return None
+    parameter = inspect.signature(made.kind).parameters.get("depth")
+    said = {**made.arguments, **record(model)}.get("depth", None if parameter is None else parameter.default)
+    return said if parameter is not None and type(said) is int else None
 
 
 def write_config(model: nn.Module, path: Path, **extras: Any) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.errors import UnsupportedModelError
-from anypatch.files.atomic import copy_whole
+from anypatch.files.snapshot import copy_within
 from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import require_rebuilds
 from anypatch.hosts.transformers import processors
@@ -27,6 +27,8 @@ from anypatch.hosts.transformers.safety import is_adapter, require_model, requir
 __all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
 
 NAME = "transformers"
+# What configurations call the number of layers of their one stack.
+DEPTHS = ("num_hidden_layers", "num_layers", "depth")
 
 # What `load` read, so that `save` can write what lay beside it: source, geometry at that time, and where to look.
 _SOURCES: weakref.WeakKeyDictionary[nn.Module, tuple[str, Geometry, dict[str, Any]]] = weakref.WeakKeyDictionary()
@@ -135,8 +137,8 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
             loaded from come along, the processors with sizes that fit. The rest is ``save_pretrained``'s.
     """
     processor = extras.pop("processor", None)
-    live, model = model, _under_own_names(model)
-    model.save_pretrained(str(directory), **extras)  # type: ignore[operator]
+    live, model = model, _as_written(model)
+    model.save_pretrained(str(directory), **{"state_dict": _untied(model), **extras})  # type: ignore[operator]
     _require_loads(model, directory)
     source, old = _source(live)
     new = subject(live).geometry
@@ -146,12 +148,52 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
         whole = processor is not None and hasattr(processor, "attributes")  # holds what the source's files say
         beside = [p for p in travelling(source, NAME) if not (whole and p.name in processors.FILES)]
         for path in beside:
-            copy_whole(path, directory / path.name)
+            copy_within(path, source, directory / path.name)
         for file, text in processors.texts(source, old, new).items():
-            if (directory / file).exists():
+            if (directory / file).is_file() and not (directory / file).is_symlink():
                 (directory / file).write_text(text, encoding="utf-8")
     if processor is not None:
         processors.follow(processor, old, new).save_pretrained(str(directory))
+
+
+def _as_written(model: nn.Module) -> nn.Module:
+    """The model as what is written has to describe it: under names that transformers takes, and with as many layers."""
+    return _with_depth(_under_own_names(model))
+
+
+def _with_depth(model: Any) -> Any:
+    """A second name for a model from which layers were taken, whose configuration says how many there are."""
+    said = {name: value for name, value in model.config.to_dict().items() if name in DEPTHS and type(value) is int}
+    stacks = {len(stack) for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList) and _deep(path)}
+    if len(said) != 1 or len(stacks) != 1 or set(said.values()) == stacks:
+        return model
+    result = copy.copy(model)
+    result.config = copy.deepcopy(model.config)
+    setattr(result.config, *said, *stacks)
+    return result
+
+
+def _deep(path: str) -> bool:
+    """Whether a list of modules at a path is the model's stack, and none within a layer of it."""
+    return path.rpartition(".")[2] in ("layer", "layers", "blocks") and not any(p.isdigit() for p in path.split("."))
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor] | None:
+    """A state dict with copies where a user tied what transformers does not tie itself, which it would not write;
+    ``None`` where there is nothing of the kind."""
+    own = set(getattr(model, "all_tied_weights_keys", None) or ()) | set(
+        getattr(model, "_tied_weights_keys", None) or ()
+    )
+    state = model.state_dict()
+    seen: dict[tuple[int, int, Any], str] = {}
+    shared = set()
+    for name, tensor in state.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
+        if name not in own and tensor.numel() and not tensor.is_meta and seen.setdefault(place, name) != name:
+            shared.add(name)
+    if not shared:
+        return None
+    return {name: tensor.clone() if name in shared else tensor for name, tensor in state.items()}
 
 
 def _under_own_names(model: nn.Module) -> nn.Module:
