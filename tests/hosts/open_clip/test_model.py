@@ -270,6 +270,7 @@ for directory in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_saved_models_load_without_anypatch(build, tmp_path: Path):
     directories = []
     for name, patch, image in (

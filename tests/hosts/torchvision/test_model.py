@@ -148,6 +148,7 @@ for directory in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_saved_models_load_without_anypatch(tmp_path: Path):
     directories = []
     for name, model, patch in (("vit", vit(representation_size=24), 4), ("v1", swin(1), 8), ("v2", swin(2), (3, 5))):

@@ -476,9 +476,8 @@ torch.save(out, sys.argv[1] + "/out.pt")
 """
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("clip, both towers", "timm_wrapper")), "vit"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip, both towers", "timm_wrapper", "vit"])
 def test_saved_models_load_without_anypatch(name: str, tmp_path: Path) -> None:
     model = made(name)
     model.save_pretrained(tmp_path / "old")
