@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.host and peer.name not in options.host:
             continue
         for mode in ("none", *(options.mode or MODES[1:])):
-            if options.page:
+            if options.page or (options.adapted and mode == "none"):
                 runs[peer, mode] = read(result_file(peer, mode, options.select))
             else:
                 runs[peer, mode] = run(peer, mode, options.select, options.chunks)
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", action="append", choices=MODES[1:], help="only this way of adapting")
     parser.add_argument("-k", dest="select", default="", help="only tests that match, as pytest's -k")
     parser.add_argument("--chunks", type=int, help="of each mode only so many chunks of tests more")
+    parser.add_argument("--adapted", action="store_true", help="of what has run on models as they are, and no more")
     parser.add_argument("--page", action="store_true", help="run nothing: the page of what was run before")
     parser.add_argument("--keep", action="store_true", help="go on although anypatch's code has changed since")
     parser.add_argument("--nice", type=int, default=15, help="how far behind other programs it stands")
