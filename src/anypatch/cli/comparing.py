@@ -55,6 +55,7 @@ def sweep(
     positions: o.PositionsOption = o.Positions.antialias,
     reference: o.ReferenceOption = o.Reference.asked,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     option: o.Options = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -90,7 +91,7 @@ def sweep(
                 cache=False if no_cache else cache if cache is not None else True,
                 progress=progress,
                 reproduce=command,
-                **o.loader_options(option, None),
+                **o.loader_options(option, None, prefix),
             )
     except AnypatchError:
         if leads():
@@ -126,6 +127,7 @@ def view(
     positions: o.PositionsOption = o.Positions.antialias,
     device: o.Device = None,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     option: o.Options = None,
     quiet: o.Quiet = False,
 ) -> None:
@@ -146,7 +148,7 @@ def view(
             positions=positions.value,
             device=device,
             arch=arch,
-            **o.loader_options(option, None),
+            **o.loader_options(option, None, prefix),
         )
         saved = save_view(picture, output)
     out.line(f"picture: {saved}")

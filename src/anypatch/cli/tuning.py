@@ -53,6 +53,7 @@ def tune(
     kernel: o.KernelOption = o.Kernel.wiener,
     positions: o.PositionsOption = o.Positions.antialias,
     arch: o.Arch = None,
+    prefix: o.Prefix = None,
     option: o.Options = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -87,7 +88,7 @@ def tune(
                 progress=progress,
                 precision=None if precision is None else precision.value,
                 resume=resume,
-                **o.loader_options(option, arch),
+                **o.loader_options(option, arch, prefix),
             )
     except AnypatchError:
         if leads():
