@@ -26,6 +26,7 @@ from anypatch.files import atomic
 from anypatch.files.snapshot import copy_within, require_inside
 from anypatch.hosts import cards, door
 from anypatch.hosts.folders import replaced_names, without_formats
+from anypatch.hosts.rebuilding import ADVICE
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -240,6 +241,12 @@ def _write(library: hosts.Host, model: nn.Module, place: Path, final: Path, extr
         library.save(model, place, final, **extras)
     except SafetensorError as error:  # a full disk, too
         raise CheckpointError(f"cannot write {final}: {error}") from error
+    except (AnypatchError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what a library's own writer says of a model that it did not make as it is
+        raise UnsupportedModelError(
+            f"{library.name} cannot write {type(model).__name__}: {type(error).__name__}: {door.said(error)}; {ADVICE}"
+        ) from error
 
 
 def _for_hub(extras: dict[str, Any]) -> dict[str, Any] | None:

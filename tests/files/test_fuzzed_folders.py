@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def fuzz(place: Path, count: int, seed: int, only: str = "") -> str | None:
     blobs = [data for files in seeds.values() for data in files.values()]
     chance, events = random.Random(seed), list[str]()
     folder, out = place / "x", place / "out"
+    tempfile.tempdir = str(place)  # of this process, which ends with the run
     importlib.import_module("torch.nested._internal.ops")
     for files in seeds.values():  # import whatever loading imports
         _write(folder, files)

@@ -282,6 +282,30 @@ def test_what_timm_would_not_rebuild_is_refused_by_name(
     assert _contents(tmp_path) == before
 
 
+def _extractor() -> Any:
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, features_only=True, out_indices=(1,))
+
+
+def _quantised(model: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (_extractor, "timm cannot write FeatureGetterNet.*save its state_dict"),
+        (lambda: _quantised(_tiny()), r"of timm's .* is quantised by torch"),
+        (lambda: _quantised(_vit()), r"of transformers' ViTModel is quantised by torch"),
+    ],
+)
+def test_what_a_library_cannot_write_is_refused_in_our_words(
+    tmp_path: Path, make: Callable[[], Any], says: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        anypatch.save(make(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_swin_whose_pooling_went_with_its_head_is_refused(tmp_path: Path) -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, depths=(1, 1, 1, 1))
     model.head = nn.Identity()  # timm's own model without classes pools all the same

@@ -95,13 +95,30 @@ def _nothing(layer: nn.Module) -> bool:
     return any(base.__name__.startswith(IDLE) for base in type(layer).__mro__)
 
 
+def plain_state(model: nn.Module, title: str) -> dict[str, Tensor]:
+    """A model's state dict, of tensors alone.
+
+    Raises:
+        UnsupportedModelError: torch's own quantised layers, whose packed weights no library builds; the message names
+            one.
+    """
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.is_quantized:
+            raise UnsupportedModelError(
+                f"{name} of {title} is quantised by torch, which its library does not build: save the model before it "
+                f"is quantised"
+            )
+    return state
+
+
 def contiguous(model: nn.Module, title: str) -> dict[str, Tensor]:
     """A model's state dict for a ``.safetensors`` file: no two tensors share memory, all lie in order.
 
     Raises:
         UnsupportedModelError: values that are not in memory.
     """
-    tensors = model.state_dict()
+    tensors = plain_state(model, title)
     away = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if away is not None:
         raise UnsupportedModelError(

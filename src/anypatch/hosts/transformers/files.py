@@ -17,7 +17,7 @@ from anypatch.core.geometry import Geometry
 from anypatch.errors import UnsupportedModelError
 from anypatch.files.snapshot import copy_within
 from anypatch.hosts.folders import FORMATS, is_format, travelling
-from anypatch.hosts.rebuilding import require_rebuilds
+from anypatch.hosts.rebuilding import plain_state, require_rebuilds
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import candidates, fit
 from anypatch.hosts.transformers.model import make, subject
@@ -184,7 +184,7 @@ def _untied(model: nn.Module) -> dict[str, Tensor] | None:
     own = set(getattr(model, "all_tied_weights_keys", None) or ()) | set(
         getattr(model, "_tied_weights_keys", None) or ()
     )
-    state = model.state_dict()
+    state = plain_state(model, f"transformers' {type(model).__name__}")
     seen: dict[tuple[int, int, Any], str] = {}
     shared = set()
     for name, tensor in state.items():
