@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +22,10 @@ from anypatch.core.plan import Plan
 from anypatch.proof import enlarge, randomise
 
 
-def vit() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5)
+def vit(**kwargs: Any) -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5, **kwargs
+    )
 
 
 @pytest.mark.parametrize("patch", [16, 17, 24, 32, (16, 40), (48, 20)])
@@ -177,6 +182,57 @@ def test_a_forward_pass_that_fails_has_not_passed() -> None:
     result = anypatch.check(Fixed(), 32)
     assert not result.passed
     assert "the adapted model fails" in result.failures[0]
+
+
+class Ends(nn.Module):
+    """What a user's model makes of the class token and of the image's own size in pixels."""
+
+    def __init__(self, end: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.backbone, self.end = vit(**kwargs), end
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.end(self.backbone.forward_features(x))
+
+
+@dataclasses.dataclass
+class Output:
+    masks: Any
+
+
+def as_pictures(tokens: torch.Tensor, k: int = 64) -> torch.Tensor:
+    return torch.nn.functional.interpolate(tokens.mean(2)[:, None, None], size=(k, k))
+
+
+@pytest.mark.parametrize("end", [
+    lambda t: Output([as_pictures(t)]), lambda t: (t[:, 0], {"maps": [as_pictures(t, 32), as_pictures(t)]}),
+    lambda t: types.SimpleNamespace(masks=as_pictures(t)),
+])  # fmt: skip
+def test_outputs_of_any_kind_are_looked_into(end: Any) -> None:
+    result = anypatch.check(Ends(end), 32)
+    assert not result.passed
+    assert "has the size of the image" in result.failures[0]
+
+
+def test_a_picture_whose_side_is_the_number_of_tokens_has_to_grow_too() -> None:
+    sides = {"patch_size": 8}  # 64 pixels and 64 tokens
+    assert not anypatch.check(Ends(as_pictures, **sides), 16).passed
+    assert anypatch.check(Ends(lambda t: t[:, 1:] @ t[:, 1:].mT, **sides), 16).passed  # attention maps have them, too
+
+
+def test_masked_out_values_are_compared_and_nan_proves_nothing() -> None:
+    def masked(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(48) < 4, -torch.inf, tokens[:, 0])
+
+    assert anypatch.check(Ends(masked), 32).passed
+    result = anypatch.check(Ends(lambda t: t * torch.nan), 32)
+    assert not result.passed
+    assert "proves nothing" in result.failures[0]
+
+
+def test_a_model_that_draws_other_numbers_than_torchs_cannot_be_compared() -> None:
+    with pytest.raises(anypatch.UnsupportedModelError, match="another one each time"):
+        anypatch.check(Ends(lambda t: t * random.random()), 32)
 
 
 def test_a_refusal_of_the_account_is_a_refusal() -> None:

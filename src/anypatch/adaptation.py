@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from anypatch.core.views import described, is_view, require_no_view, view
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts import recognise
 from anypatch.hosts.base import Host
+from anypatch.hosts.structural.rehearsing import require_rehearsed
 from anypatch.hosts.structural.surroundings import follow_surroundings
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,14 +97,19 @@ def make_plan(
     keep: Keep = "image",
     kernel: Any = "wiener",
     positions: PositionsLike = "antialias",
+    shared: bool = False,
 ) -> Plan | None:
-    """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s."""
+    """What ``adapt`` would do, or ``None`` if nothing has to change. Arguments and errors are ``adapt``'s.
+
+    ``shared`` for a view, which exchanges no tensor.
+    """
     require_no_view(model)
     as_method(kernel)
     _require_positions(positions)
     with undisturbed():
         require_unsharded(unwrap(model))
-        return plan_for(describe(model), patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+        subject, how = describe(model), functools.partial(plan_for, kernel=kernel, positions=positions, shared=shared)
+        return how(subject, patch_size, image_size, keep=keep)
 
 
 def plan_for(
@@ -113,8 +120,10 @@ def plan_for(
     keep: Keep = "image",
     kernel: Any = "wiener",
     positions: PositionsLike = "antialias",
+    shared: bool = False,
+    rehearse: bool = True,
 ) -> Plan | None:
-    """``make_plan`` for a model that has been described already."""
+    """``make_plan`` for a model that has been described already; ``rehearse`` unless the caller runs it anyway."""
     method = as_method(kernel)
     _require_positions(positions)
     try:
@@ -125,10 +134,17 @@ def plan_for(
         raise
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
-    if positions == "antialias":
-        return plans.make(subject, target, method, ANTIALIASED, follow_surroundings)
-    subject = replace(subject, facts=replace(subject.facts, host=True))
-    return plans.make(subject, target, method, subject.facts.sampling, follow_surroundings)
+    if positions == "host":
+        subject = replace(subject, facts=replace(subject.facts, host=True))
+    sampling = subject.facts.sampling if positions == "host" else ANTIALIASED
+
+    def make(geometry: Geometry) -> Plan:
+        return plans.make(subject, geometry, method, sampling, follow_surroundings, shared=shared)
+
+    plan = make(target)
+    if rehearse:
+        require_rehearsed(plan, lambda: recognise(subject.model).example(subject), make)
+    return plan
 
 
 def _require_positions(positions: str) -> None:
@@ -193,7 +209,8 @@ def at(
         model = model._modules["_orig_mod"]  # type: ignore[assignment]
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UnsupportedModelError(f"take the view of {type(model).__name__}'s module, then wrap the view")
-    return view(model, make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions))
+    plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions, shared=True)
+    return view(model, plan)
 
 
 def geometry(model: nn.Module) -> Geometry:

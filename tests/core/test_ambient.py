@@ -445,6 +445,63 @@ def test_wrappers_of_one_class_around_one_model() -> None:
     assert second.backbone.patch_embed.proj.kernel_size == (32, 32)
 
 
+def test_a_layer_of_another_rotary_model_is_not_changed_under_it() -> None:
+    """A model without tables has nothing but its layers to be told by."""
+
+    def rotary() -> nn.Module:
+        options = {"img_size": 64, "patch_size": 16, "depth": 1, "embed_dim": 48, "num_heads": 3}
+        return timm.create_model(
+            "eva02_tiny_patch14_224", **options, use_abs_pos_emb=False, class_token=False, global_pool="avg"
+        )
+
+    model, other = rotary(), rotary()
+    other.patch_embed = model.patch_embed
+    with pytest.raises(UnsupportedModelError, match="patch_embed is also a layer of a Eva outside"):
+        anypatch.adapt(model, 32)
+    assert model.patch_embed.proj.kernel_size == (16, 16)
+    wrapper, beside = nn.Sequential(model), nn.Sequential(model)
+    del other
+    anypatch.adapt(wrapper, 32)
+    assert beside[0].patch_embed.proj.kernel_size == (32, 32)
+
+
+def test_a_view_may_be_taken_whoever_else_holds_the_parameters(group: None) -> None:
+    """It reads them, and exchanges none."""
+    model, other = vit(), vit()
+    other.patch_embed = model.patch_embed
+    assert anypatch.at(model, 32).patch_embed.proj.weight.shape[-1] == 32
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert anypatch.at(model, 32).patch_embed.proj.weight.shape[-1] == 32
+    with pytest.raises(UnsupportedModelError, match="take the view of DistributedDataParallel's module"):
+        anypatch.at(wrapped, 32)
+
+
+def test_towers_that_share_layers_are_told_how_to_go_on() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = vit(), vit()
+            self.teacher.patch_embed = self.student.patch_embed
+
+    pair = Pair()
+    with pytest.raises(UnsupportedModelError, match=r"share parameters .*copy\.deepcopy.*adapt each"):
+        anypatch.adapt(pair, 32)
+    pair.teacher.patch_embed = copy.deepcopy(pair.student.patch_embed)
+    with pytest.raises(UnsupportedModelError, match=r"\(student, teacher\): adapt each on its own"):
+        anypatch.adapt(pair, 32)
+    for tower in (pair.student, pair.teacher):
+        anypatch.adapt(tower, 32)
+
+
+def test_tensors_without_values_are_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = vit()
+    with pytest.raises(UnsupportedModelError, match="is a FakeTensor"):
+        anypatch.adapt(model, 32)
+
+
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 

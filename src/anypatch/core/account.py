@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from anypatch.core.adapters import Place, match, reads_same_input, wrapped
-from anypatch.core.diff import BOOKKEEPING, Edit, ParameterEdit
+from anypatch.core.diff import BOOKKEEPING, CacheEdit, Edit, ParameterEdit
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject, Twins
 from anypatch.errors import UnsupportedModelError
@@ -82,6 +82,7 @@ class Account:
         self.root = subject.wrapper if subject.wrapper is not None else subject.model
         self.places = match(subject.part, old)
         self._old = old
+        self._edited = {(e.path, e.name) for e in edits if not isinstance(e, CacheEdit)}
         self._changing = {(e.path, e.name): e for e in edits if isinstance(e, ParameterEdit)}
         for edit in self._changing.values():
             for live in self.places[edit.path].layers:
@@ -107,6 +108,9 @@ class Account:
             for live in self.places[path].layers:
                 known.setdefault(id(live), set()).update(self._spoken_for(path, twin, live))
         found = []
+        for module in self._over_what_stays():
+            names = {*vars(module), *module._parameters, *module._buffers}
+            known.setdefault(id(module), set()).update(names)
         inside = {id(m) for m in self.subject.part.modules()}
         for path, module in _territory(self.root, self.subject.geometry.library, inside):
             names = {*_plain(module), *module._parameters, *module._buffers} - known.get(id(module), set())
@@ -114,7 +118,25 @@ class Account:
                 found.append(Extra(path, module, frozenset(names), id(module) not in known))
         return found
 
+    def _over_what_stays(self) -> Iterator[nn.Module]:
+        """Adapters and parametrizations over layers of which nothing changes: they compute with what stays."""
+        changing = {path for path, _ in self._changing}
+        for path, place in self.places.items():
+            if path in changing:
+                continue
+            for outer in place.outer:
+                inside = {id(m) for layer in wrapped(outer) for m in layer.modules()}
+                if inside:
+                    yield from (m for m in outer.modules() if id(m) not in inside)
+            for layer in place.layers:
+                held = layer._modules.get("parametrizations")
+                if held is not None:
+                    yield from held.modules()
+
     def _spoken_for(self, path: str, twin: nn.Module, live: nn.Module) -> set[str]:
+        above = self.subject.speaks
+        if above and path != above and not path.startswith(f"{above}."):
+            return {name for where, name in self._edited if where == path}
         names = set(vars(twin)) | set(twin._buffers)
         for name, tensor in twin._parameters.items():
             own = live._parameters.get(name)

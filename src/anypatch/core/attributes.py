@@ -8,6 +8,7 @@ import types
 from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,9 +55,20 @@ def same(a: Any, b: Any, depth: int = 0, seen: set[tuple[int, int]] | None = Non
         return a == b
     if isinstance(a, functools.partial):
         return same(_partial_parts(a), _partial_parts(b), depth + 1, seen)
-    if hasattr(a, "__dict__"):
-        return same(vars(a), vars(b), depth + 1, seen)
+    if isinstance(a, (np.ndarray, np.generic)):
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+    if hasattr(a, "__dict__") or _slots(a):
+        return same(_fields(a), _fields(b), depth + 1, seen)
     return True
+
+
+def _slots(value: Any) -> list[str]:
+    names = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    return [n for group in names for n in ((group,) if isinstance(group, str) else group) if hasattr(value, n)]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in _slots(value)}}
 
 
 def same_tensor(a: Any, b: Any) -> bool:

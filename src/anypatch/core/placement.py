@@ -40,14 +40,20 @@ def require_unsharded(model: nn.Module) -> None:
             raise UnsupportedModelError(f"the model is sharded ({type(model).__name__}): {SHARDED}")
 
 
-def require_movable(root: nn.Module, touched: list[Touched]) -> None:
+def require_movable(root: nn.Module, touched: list[Touched], part: nn.Module | None, shared: bool) -> None:
     """Nobody but the model itself may hold what changes, and it has to be here whole.
+
+    Args:
+        root: the object that the user holds.
+        touched: what changes.
+        part: what is one model in it, if that is known: a layer strictly inside is that model's alone.
+        shared: whether the tensors are only read (by a view), so that others may hold them.
 
     Raises:
         UnsupportedModelError: names the tensor, who holds it, and in which order things work.
     """
     ids = {id(item.tensor) for item in touched}
-    for path, module in root.named_modules():
+    for path, module in [] if shared else root.named_modules():
         why = WRAPPERS.get(type(module).__name__)
         if why is not None and any(id(p) in ids for p in module.parameters()):
             raise UnsupportedModelError(f"{path or 'the model'} is a {type(module).__name__}, and {why}")
@@ -63,14 +69,19 @@ def require_movable(root: nn.Module, touched: list[Touched]) -> None:
                 raise UnsupportedModelError(
                     f"{item.name} is offloaded, its group keeps a copy of it elsewhere: {ADVICE}"
                 )
-    _require_own(root, touched)
+    if not shared:
+        _require_own(root, touched, part)
 
 
 ADVICE = "adapt the model before offloading it (before device_map, dispatch_model, cpu_offload or disk_offload)"
 
 
 def _require_whole(item: Touched) -> None:
-    """The tensor is no shard of a larger one."""
+    """The tensor is no shard of a larger one, and has values."""
+    if any(kind.__name__ == "FakeTensor" for kind in type(item.tensor).__mro__):
+        raise UnsupportedModelError(
+            f"{item.name} is a FakeTensor, which has no values: adapt the model itself, outside of FakeTensorMode"
+        )
     if hasattr(item.tensor, "device_mesh") and hasattr(item.tensor, "placements"):
         raise UnsupportedModelError(
             f"{item.name} is sharded over a device mesh ({type(item.tensor).__name__}): {SHARDED}"
@@ -89,7 +100,7 @@ def _hooked(root: nn.Module) -> Iterator[tuple[set[nn.Module], str]]:
             yield set(module.modules()), "copies"
 
 
-def _require_own(root: nn.Module, touched: list[Touched]) -> None:
+def _require_own(root: nn.Module, touched: list[Touched], part: nn.Module | None) -> None:
     """No module outside of ``root`` holds a parameter that changes, and none wraps the root for training.
 
     Asked of Python's garbage collector, which knows every dictionary that holds an object: one pass over all objects,
@@ -98,10 +109,10 @@ def _require_own(root: nn.Module, touched: list[Touched]) -> None:
     parameters = {id(t.tensor): t for t in touched if isinstance(t.tensor, nn.Parameter)}
     inside = {id(store) for module in root.modules() for store in (module._parameters, module._modules)}
     layers = _layers(root, touched)
-    found = _outside(parameters, layers, inside, root)
+    found = _outside(parameters, layers, inside, root, part)
     if found is not None:  # perhaps only by a model that is already gone
         gc.collect()
-        found = _outside(parameters, layers, inside, root)
+        found = _outside(parameters, layers, inside, root, part)
     if found is not None:
         raise UnsupportedModelError(found)
 
@@ -120,9 +131,14 @@ def _layers(root: nn.Module, touched: list[Touched]) -> dict[int, tuple[str, nn.
 
 
 def _outside(
-    parameters: dict[int, Touched], layers: dict[int, tuple[str, nn.Module, type]], inside: set[int], root: nn.Module
+    parameters: dict[int, Touched],
+    layers: dict[int, tuple[str, nn.Module, type]],
+    inside: set[int],
+    root: nn.Module,
+    part: nn.Module | None,
 ) -> str | None:
     """Why something may not change, or None."""
+    below = set() if part is None else {id(module) for module in part.modules()} - {id(part)}
     objects = [*(item.tensor for item in parameters.values()), *(module for _, module, _ in layers.values())]
     strangers: dict[int, tuple[dict[Any, Any], Any]] = {}
     for holder in gc.get_referrers(*objects, root):
@@ -140,8 +156,10 @@ def _outside(
             continue
         value = strangers[id(owner._modules)][1]
         path, _, kind = layers.get(id(value), ("", None, None))
-        # two modules that hold one whole model only use it; one that has tables of its own beside a stem does not
-        if kind is type(owner) and any(p is not None for p in owner._parameters.values()) and _same(owner, value):
+        # two modules that hold one whole model only use it; one that has tables of its own beside a stem does not, and
+        # neither does one that holds a layer from inside of a model (of rotary models, which have no tables)
+        other = id(value) in below or any(p is not None for p in owner._parameters.values())
+        if kind is type(owner) and other and _same(owner, value):
             return _shared(path, "a layer", owner)
         why = WRAPPERS.get(type(owner).__name__)
         if why is not None and value is root:

@@ -94,7 +94,13 @@ class Plan:
 
 
 def make(
-    subject: Subject, target: Geometry, method: Any, sampling: Sampling = ANTIALIASED, rule: Rule | None = None
+    subject: Subject,
+    target: Geometry,
+    method: Any,
+    sampling: Sampling = ANTIALIASED,
+    rule: Rule | None = None,
+    *,
+    shared: bool = False,
 ) -> Plan:
     """The plan that brings ``subject`` to ``target``: its twins, their difference, bound to the live model.
 
@@ -104,6 +110,7 @@ def make(
         method: how patch kernels are resized.
         sampling: how absolute position tables are resampled.
         rule: how what the twins do not speak for follows; without it that is left alone.
+        shared: whether the plan is for a view, which reads the tensors and exchanges none.
 
     Raises:
         UnsupportedModelError: something in the model cannot follow; the message names it.
@@ -117,14 +124,14 @@ def make(
     extras = (
         [] if rule is None else rule(account.root, account.extras(), Context(twins, account.widths(), method, sampling))
     )
-    return _Binder(subject, target, account).bind(edits, extras)
+    return _Binder(subject, target, account, shared).bind(edits, extras)
 
 
 class _Binder:
     """Turns edits of the twins into steps on the live model, computing every new value."""
 
-    def __init__(self, subject: Subject, target: Geometry, account: Account) -> None:
-        self.subject, self.target, self.account = subject, target, account
+    def __init__(self, subject: Subject, target: Geometry, account: Account, shared: bool) -> None:
+        self.subject, self.target, self.account, self.shared = subject, target, account, shared
         self.changes: list[Change] = []
         self.modules: list[SetModule] = []
         self.parameters: dict[int, SetParameter] = {}
@@ -161,7 +168,9 @@ class _Binder:
             changed = {step.name for step in self.buffers if step.module is module}
             places += [(n, b) for n, b in module._buffers.items() if b is not None and n in changed]
             touched += [Touched(f"{path}.{name}" if path else name, module, tensor) for name, tensor in places]
-        require_movable(root, touched)
+        speaks = self.subject.speaks
+        part = None if speaks is None else self.subject.part.get_submodule(speaks)
+        require_movable(root, touched, part, self.shared)
 
     def _require_projection_found(self) -> None:
         """The layer that the patch changes in the twins has to be there in the live model."""

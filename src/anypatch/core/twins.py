@@ -27,6 +27,8 @@ class Subject:
         finish: after the diff, returns what else in the host library's bookkeeping follows the geometry, as
             (module, attribute, value).
         wrapper: the object the user holds, if it is not ``model``.
+        speaks: the path below which the twins know every name, one model; of the rest they only say what they change.
+            ``None`` where it cannot be told what is one model.
         about: what the library's folder found and keeps for its other verbs; nobody else reads it.
     """
 
@@ -37,6 +39,7 @@ class Subject:
     path: str = ""
     finish: Callable[[Geometry], list[tuple[nn.Module, str, Any]]] | None = None
     wrapper: nn.Module | None = None
+    speaks: str | None = ""
     about: Any = None
 
     @property

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,18 +35,27 @@ COUNT_NAMES = {
 STRIDE = re.compile(
     r"(^|_)(patch(_?(size|h|w|height|width))?|psize|ps|(vit_|feat(ure)?_|output_|out_|total_|backbone_)?strides?"
     r"|(down|up)(sample|scale|sampling)?_?(ratio|factor|rate|scale)|pixels_per_(patch|token))$"
-    r"|^(upsample|downsample|upscale|downscale|upsampling|scale(_?factor)?|up|p)$",
+    r"|(^|_)(cell|tile)(_?(size|stride|h|w|height|width))?$|(^|_)token_?(size|stride)$"
+    r"|^(upsample|downsample|upscale|downscale|upsampling|scale(_?factor)?|up|_?p)$",
     re.I,
 )
 SIDE = re.compile(
     r"(^|_)(grid|map|feat(ure)?s?|token|spatial|patch(es)?|img|image|im|input|output|out|crop|target)"
     r"_?(size|shape|side|h|w|hw|height|width|res(olution)?)$"
     r"|^(num_|n_)?(h|w|hw|hp|wp|height|width|rows|cols|columns|sides?)$|^(size|shape|sz|res(olution)?)$"
-    r"|(tokens|patches)_per_(side|row|axis)$",
+    r"|(^|_)(h|w|hp|wp|nh|nw|height|width|rows?|cols?)_?(tok(en)?s|patches|cells|grid|feats?|features?)$"
+    r"|(tok(en)?s|patches|cells)_(h|w|height|width|rows|cols|(per|each)_(side|row|col|column|axis))$",
     re.I,
 )
-COUNT = re.compile(
-    r"(^|_)((num|n|max)_?(tokens?|patch(es)?|pos(itions)?)|(max_|seq_?|sequence_)len(gth)?)$|^[nl]$", re.I
+# A count of tokens has one of these words, and none that makes it another number.
+COUNTED = re.compile(r"tok(en)?s?|patch(es)?|pos(itions?)?|seq(uence)?|cells|[nl]|len(gth)?")
+NOT_COUNTED = re.compile(
+    r"dims?|width|channels?|heads?|ids?|idx|ind(ex|ices)|vocab|class(es)?|size|side|h|w|height|width|rows?|cols?|columns|"
+    r"text|txt|captions?|words?|context|prompts?|lang(uage)?|llm|sentences?|per|stride|batch|embed|mlp|depth|layers?|mask(ed|s)?|keep|drop|extra|prefix|cls|reg(isters?)?|quer(y|ies)"
+)
+PIXELS = re.compile(r"pix(els?)?|area|patch")
+AXES = {"h": 0, "height": 0, "hp": 0, "nh": 0, "rows": 0, "row": 0} | dict.fromkeys(
+    ("w", "width", "wp", "nw", "cols", "columns", "col"), 1
 )
 SCALE = re.compile(r"(^|_)spatial_scale$|^scale(_factor)?$", re.I)  # of image coordinates to the map: 1 / patch
 # A patch of one or two pixels says nothing under such names: factors of that size are everywhere.
@@ -145,11 +152,25 @@ def carries(name: str, value: Any, old: Geometry, new: Geometry, full: str) -> A
             changed = _on_axis(name, value, a, b, full)
             if changed is not None:
                 return changed
-    if old.grid is None or new.grid is None or type(value) is not int or not COUNT.search(name):
+    return _counted(name, value, old, new) if type(value) is int else None
+
+
+def _counted(name: str, value: int, old: Geometry, new: Geometry) -> int | None:
+    """A count of tokens, or of the pixels of a patch or an image, by the words of its name."""
+    words = [word for word in re.split(r"_+|(?<=[a-z])(?=[A-Z])", name) if word]
+    words = [word.lower() for word in words]
+    tokens = any(COUNTED.fullmatch(word) for word in words) and not any(NOT_COUNTED.fullmatch(word) for word in words)
+    if tokens and old.grid is not None and new.grid is not None:
+        for extra in dict.fromkeys((0, old.prefix_tokens)):
+            if value == math.prod(old.grid) + extra and value > TELLING**2:
+                return math.prod(new.grid) + extra
+    if not any(PIXELS.fullmatch(word) for word in words):
         return None
-    for extra in dict.fromkeys((0, old.prefix_tokens)):
-        if value == math.prod(old.grid) + extra and value > TELLING**2:
-            return math.prod(new.grid) + extra
+    area, image = math.prod(old.patch_size[-2:]), old.image_size
+    if area > TELLING**2 and value == area:
+        return math.prod(new.patch_size[-2:])
+    if image is not None and new.image_size is not None and value == math.prod(image[-2:]):
+        return math.prod(new.image_size[-2:])
     return None
 
 
@@ -163,8 +184,10 @@ def _wider(old: Geometry, new: Geometry) -> Iterator[tuple[re.Pattern[str], Size
 
 def _on_axis(name: str, value: Any, old: Size, new: Size, full: str) -> Any:
     """A size of two axes, of one, or of one that the name tells."""
-    leaf = name.lower().rpartition("_")[2]
-    axis = {"h": 0, "height": 0, "hp": 0, "rows": 0, "w": 1, "width": 1, "wp": 1, "cols": 1, "columns": 1}.get(leaf)
+    words = name.lower().split("_")
+    axis = AXES.get(
+        words[-1], AXES.get(words[0] if len(words) > 1 else "", AXES.get(words[-2] if len(words) > 2 else ""))
+    )
     if axis is not None and type(value) is int:
         return new[axis] if value == old[axis] else None
     return follow(value, [old, _one(old)], [new, _one(new)], full)
@@ -193,25 +216,3 @@ def is_record(value: Any) -> bool:
         return True
     named = type(value).__name__.lower().endswith(("namespace", "config", "args", "params", "cfg", "settings"))
     return hasattr(value, "__dict__") and (named or hasattr(value, "__dataclass_fields__"))
-
-
-def closed_over(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Names and values that a function brings along: closure, defaults, a partial's arguments."""
-    if isinstance(function, functools.partial):
-        yield from function.keywords.items()
-        function = function.func
-    if not isinstance(function, types.FunctionType):
-        return
-    code = function.__code__
-    arguments = code.co_varnames[: code.co_argcount]
-    defaults = function.__defaults__ or ()
-    yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
-    yield from (function.__kwdefaults__ or {}).items()
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        yield name, value
-        if depth < 2 and isinstance(value, (types.FunctionType, functools.partial)):
-            yield from closed_over(value, depth + 1)

@@ -42,7 +42,9 @@ def subject(model: nn.Module) -> Subject:
     layout = layout_of(model)
     orders = {rf"^{re.escape(path)}\.(weight|bias)$": order for path, (_, order) in layout.heads.items() if order}
     facts = Facts(orders=orders, sampling=Sampling(antialias=False))  # as DINO, DINOv2 and MAE
-    return Subject(model, layout.geometry, build=lambda g: build_twin(model, layout, g), facts=facts)
+    return Subject(
+        model, layout.geometry, build=lambda g: build_twin(model, layout, g), facts=facts, speaks=layout.part or None
+    )
 
 
 def held_in(model: nn.Module) -> Subject | None:
@@ -65,9 +67,28 @@ def held_in(model: nn.Module) -> Subject | None:
         return None
     if len(found) > 1:
         paths = ", ".join(path for path, *_ in found)
+        _require_untied(model, [path for path, *_ in found])
         raise UnsupportedModelError(
             f"{type(model).__name__} holds {len(found)} models with a patch embedding ({paths}): adapt each on its own"
         )
     ((path, host, inner),) = found
     whole = f"{path}.{inner.path}" if inner.path else path
     return replace(inner, model=model, path=whole, about=(host, inner))
+
+
+def _require_untied(model: nn.Module, paths: list[str]) -> None:
+    """Models that share parameters cannot be adapted one after the other: that is what has to be said of them.
+
+    Raises:
+        UnsupportedModelError: two of them share one; the message names it.
+    """
+    owners: dict[int, tuple[str, str]] = {}
+    for path in paths:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            other, where = owners.setdefault(id(parameter), (path, f"{path}.{name}"))
+            if other != path:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} holds models with a patch embedding that share parameters ({where} is "
+                    f"{path}.{name}): give one of them layers of its own (copy.deepcopy), adapt each, and share the "
+                    f"layers again"
+                )

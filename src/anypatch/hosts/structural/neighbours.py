@@ -14,7 +14,8 @@ ATTENTION = re.compile(
 TEXT = re.compile(r"text|caption|token(iz|_emb)|vocab|word|lang(uage)?(_|$)|prompt|context|llm", re.I)
 # Names that mean another thing in attention or beside text: heads, the scale of dot products, lengths of sentences.
 OF_ATTENTION = re.compile(r"^(h|scale)$", re.I)
-OF_TEXT = re.compile(r"len(gth)?$|^(n|l)$|(^|_)((num|n|max)_?(tokens?|pos(itions)?))$", re.I)
+OF_TEXT = re.compile(r"len(gth)?$|^(n|l)$|(^|_)(tok(en)?s?|pos(itions?)?|seq(uence)?)(_|$)", re.I)
+OF_IMAGES = re.compile(r"image|img|vis|vit|patch|pixel", re.I)
 
 
 def widths_of(module: nn.Module) -> set[int]:
@@ -32,6 +33,11 @@ def widths_of(module: nn.Module) -> set[int]:
     return set()
 
 
+def reads_text(module: nn.Module) -> bool:
+    """Whether a module has something of a text encoder's beside its tables: positions are those of words."""
+    return any(TEXT.search(name) for name in (*vars(module), *module._parameters, *module._modules))
+
+
 def means_another_thing(name: str, holder: nn.Module | dict[str, Any]) -> bool:
     """Whether a plain value of that name is a width or counts heads or words, as the names beside it tell."""
     if isinstance(holder, nn.Module):
@@ -42,6 +48,6 @@ def means_another_thing(name: str, holder: nn.Module | dict[str, Any]) -> bool:
     if name == "width":
         return "height" not in names
     for ambiguous, others in ((OF_ATTENTION, ATTENTION), (OF_TEXT, TEXT)):
-        if ambiguous.search(name):
+        if ambiguous.search(name) and not OF_IMAGES.search(name):
             return any(others.search(other) for other in (name, *(names - {name})))
     return False

@@ -7,11 +7,8 @@ name and no shape that tells (a number inside a function's code) cannot be seen 
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import math
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,10 +21,12 @@ from anypatch.core.diff import AttributeEdit, BufferEdit, Edit, Owners, Paramete
 from anypatch.core.geometry import Size, show
 from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
-from anypatch.hosts.structural.following import TELLING, carries, closed_over, entries, is_record
+from anypatch.hosts.structural.following import TELLING
+from anypatch.hosts.structural.holdings import holdings
 from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
-from anypatch.hosts.structural.neighbours import means_another_thing, widths_of
+from anypatch.hosts.structural.neighbours import OF_IMAGES, reads_text, widths_of
 from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enumerates, explain, resampled, table_shape
+from anypatch.hosts.structural.values import Values, numbers_tokens
 
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -73,61 +72,41 @@ class Surroundings:
         self.tokens = {count for count in (tokens, tokens + self.old.prefix_tokens) if count > TELLING}
         self.counts = self.tokens if self.grid_changes else set()
         self.stem = _stem(twins.old, twins.new, self.old.patch_size)
+        self.values = Values(self.old, self.new)
         self.produced: set[int] = set()  # widths that the user's own layers return, of those that were looked at
 
     # -- plain values ------------------------------------------------------------------------------------------
 
     def attributes(self, extra: Extra) -> Iterator[Edit]:
-        if type(extra.module).__module__.startswith("torch.nn."):
-            return  # torch's own layers are followed as layers
+        of_torch = type(extra.module).__module__.startswith("torch.nn.")  # followed as layers, but for what people set
         for name in sorted(extra.names):
             value = vars(extra.module).get(name)
+            if isinstance(value, (Tensor, nn.Module)) or (of_torch and not callable(value)):
+                continue
             full = f"{extra.path}.{name}" if extra.path else name
-            if value is None or isinstance(value, (Tensor, nn.Module)) or means_another_thing(name, extra.module):
-                continue
-            if isinstance(value, (types.FunctionType, functools.partial)):
-                self._require_blind(value, full)
-                continue
-            after = self._value(name, value, full)
+            after = self.values.followed(name, value, full, extra.module)
             if after is not None:
                 yield AttributeEdit(extra.path, name, None, value, after)
+            self._require_no_tensors(extra, name, value)
 
-    def _value(self, name: str, value: Any, full: str) -> Any:
-        """A plain value, or a collection or configuration of such, at the new geometry; ``None`` if it is the same."""
-        changed = carries(name, value, self.old, self.new, full)
-        if changed is not None or not is_record(value):
-            return changed
-        if not list(self._entries(name, value, full)):
-            return None
-        result = copy.deepcopy(value)
-        for mapping, key, after in list(self._entries(name, result, full)):
-            mapping[key] = after
-        return result
-
-    def _entries(self, name: str, record: Any, full: str) -> Iterator[tuple[Any, str, Any]]:
-        """Where a record has another value at the new geometry, and which."""
-        for mapping, key, item in entries({name: record}):
-            if not means_another_thing(key, mapping):
-                after = carries(key, item, self.old, self.new, f"{full}.{key}")
-                if after is not None:
-                    yield mapping, key, after
+    def _require_no_tensors(self, extra: Extra, name: str, value: Any) -> None:
+        """Tensors in collections, closures and records, and orders of the tokens, are not followed there."""
+        for where, leaf, item in holdings(name, value):
+            full = f"{extra.path}.{where}" if extra.path else where
+            if isinstance(item, Tensor):
+                self._require_independent(full, leaf, item)
+            elif numbers_tokens(item, self.counts):
+                raise _refusal(full, f"is an order of the tokens ({len(item)})")
 
     def require_no_hook(self, root: nn.Module) -> None:
         for path, module in root.named_modules():
             for kind in HOOKS:
                 for hook in getattr(module, kind).values():
-                    self._require_blind(hook, f"a hook of {path or type(module).__name__}")
-
-    def _require_blind(self, function: Any, full: str) -> None:
-        """A function may not close over the geometry: what it closes over cannot be changed."""
-        brought = list(closed_over(function))
-        for name, value in brought:
-            other = means_another_thing(name, dict(brought))
-            if not other and carries(name, value, self.old, self.new, full) not in (None, value):
-                raise UnsupportedModelError(
-                    f"{full} is a function that closes over {name} = {value}, which anypatch cannot change: take it "
-                    f"off before adapting, and put one with the new value there afterwards"
-                )
+                    full = f"a hook of {path or type(module).__name__}"
+                    self.values.followed("hook", hook, full, {})
+                    for where, leaf, item in holdings("", hook):
+                        if isinstance(item, Tensor):
+                            self._require_independent(f"{full}{where}", leaf, item)
 
     # -- layers ------------------------------------------------------------------------------------------------
 
@@ -264,11 +243,14 @@ class Surroundings:
             tensor = {**vars(module), **module._buffers, **module._parameters}.get(name)
             if not isinstance(tensor, Tensor):
                 continue
-            table = self._table(extra, name, tensor)
+            full = f"{extra.path}.{name}" if extra.path else name
+            table, size = self._table(extra, name, tensor), self.values.number(name, tensor, full)
             if table is not None:
                 yield table
+            elif size is not None:
+                yield self._value_edit(extra, name, tensor, size)
             elif not isinstance(module, NORMS) or tensor.ndim > 1 or tensor.shape[:1].numel() in self.counts:
-                self._require_independent(extra, name, tensor)
+                self._require_independent(full, name, tensor)
 
     def _table(self, extra: Extra, name: str, tensor: Tensor) -> Edit | None:
         if not self.grid_changes:
@@ -286,6 +268,10 @@ class Surroundings:
         table = explain(extra.path, name, tensor, self.old)
         if table is None or tensor.ndim < 2:
             return None
+        if len(table.axes) == 1 and table.prefix not in (-1, 0, 1, self.old.prefix_tokens):
+            return None  # that many more than the grid are positions of something else, such as words
+        if reads_text(extra.module) and not OF_IMAGES.search(f"{extra.path}.{name}"):
+            return None
         if name in extra.module._parameters:
             shape = table_shape(table, tuple(tensor.shape), self.new)
             return self._parameter(extra.path, name, ((extra.module, extra.module),), tuple(tensor.shape), shape)
@@ -297,9 +283,12 @@ class Surroundings:
             return BufferEdit(extra.path, name, None, tensor, after, persistent, None)
         return AttributeEdit(extra.path, name, None, tensor, after)
 
-    def _require_independent(self, extra: Extra, name: str, tensor: Tensor) -> None:
+    def _require_independent(self, full: str, name: str, tensor: Tensor) -> None:
         shape, widths = tuple(tensor.shape), self.context.widths | self.produced
-        full = f"{extra.path}.{name}" if extra.path else name
+        if self.values.holds_size(tensor):
+            raise _refusal(full, f"holds the size of the grid or the image ({tensor.tolist()})")
+        if self.values.is_axis(name, tensor):
+            raise _refusal(full, f"has one value for each row or column ({shape})")
         pairs = []
         if self.grid_changes and self.old.grid is not None:
             pairs.append(("the grid", self.old.grid[-2:]))

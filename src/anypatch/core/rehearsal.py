@@ -1,0 +1,100 @@
+"""A forward pass without memory or arithmetic, before anything is changed: which shapes a model returns.
+
+The stage is a tree of shells (as for views) with stores of their own, on which a plan's steps are carried out; it runs
+on the meta device, where tensors have shapes and no values. Neither the model nor its buffers, caches and hooks take
+part, so nothing of them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from anypatch.core.modes import about, mapped, tensors_in
+from anypatch.core.outputs import named_tensors
+from anypatch.core.plan import Plan
+from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter
+from anypatch.core.views import SHARED, Shells
+
+META = torch.device("meta")
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_called")))
+
+
+class NoStageError(Exception):
+    """A model that cannot be rehearsed: it runs something that was recorded or compiled from itself."""
+
+
+def staged(root: nn.Module, plan: Plan | None = None) -> nn.Module:
+    """A model that shares the tensors of ``root`` and nothing else, as it would be after ``plan``; without hooks.
+
+    Raises:
+        NoStageError: part of it is no Python that could run on other tensors.
+    """
+    shells = Shells()
+    made = {}
+    for source in root.modules():
+        if isinstance(source, torch.jit.ScriptModule) or "_orig_mod" in source._modules:
+            raise NoStageError(type(source).__name__)
+        made[id(source)] = shells.shell(source)
+    for source in root.modules():
+        fields = vars(made[id(source)])
+        for store in SHARED:
+            fields[store] = dict(vars(source)[store])
+        fields["_parameters"] = {name: _without_memory(p) for name, p in source._parameters.items()}
+        for name in HOOKS:
+            fields[name] = type(fields[name])()
+    for step in [] if plan is None else plan.steps:
+        if isinstance(step, SetParameter):
+            for source in root.modules():
+                for name, parameter in source._parameters.items():
+                    if parameter is step.parameter:
+                        made[id(source)]._parameters[name] = _without_memory(step.data)
+        elif isinstance(step, SetBuffer):
+            replace(step, module=made[id(step.module)]).apply()
+        elif isinstance(step, SetModule):
+            replace(step, parent=made[id(step.parent)]).apply()
+        elif isinstance(step, SetAttribute) and id(step.module) in made:
+            replace(step, module=made[id(step.module)], value=shells.rebound(step.value)).apply()
+    return made[id(root)].eval()
+
+
+def shapes(
+    stage: nn.Module, call: Callable[[nn.Module, Any], Any], size: Sequence[int], dtype: torch.dtype
+) -> dict[str, tuple[int, ...]]:
+    """What ``call(stage, pixels)`` returns for pixels of a size.
+
+    Raises:
+        Exception: whatever the model raises; also where it asks for values that are not there.
+    """
+    with _Shapes(), torch.no_grad():
+        pixels = torch.zeros(tuple(size), dtype=dtype, device=META)
+        return {name: tuple(tensor.shape) for name, tensor in named_tensors(call(stage, pixels))}
+
+
+class _Shapes(TorchDispatchMode):
+    """Whatever meets a tensor without memory has none either; other tensors are computed with, and not written to."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        inputs = list(tensors_in((args, kwargs)))
+        if not about(func).written and not any(tensor.is_meta for tensor in inputs):
+            return func(*args, **kwargs)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = META
+        return func(*mapped(_on_meta, args), **mapped(_on_meta, kwargs))
+
+
+def _on_meta(value: Any) -> Any:
+    """A tensor without its memory."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
+
+
+def _without_memory(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)

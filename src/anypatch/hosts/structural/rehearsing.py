@@ -1,0 +1,243 @@
+"""What neither names nor shapes tell of people's own modules, rehearsed: numbers in code, and behind odd names.
+
+Where a module of the user's holds a number of the present geometry that nothing follows, the model is run before
+anything is changed, as it is and as it would be, on tensors that have shapes alone. What runs today and would not
+afterwards is refused, and so is a map of tokens or of pixels that would keep its old sides while the rest of it grows.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.plan import Plan
+from anypatch.core.rehearsal import shapes, staged
+from anypatch.core.steps import SetAttribute
+from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
+from anypatch.hosts.base import Example
+from anypatch.hosts.structural.following import TELLING
+from anypatch.hosts.structural.holdings import holdings, is_array
+
+# Packages whose modules speak for themselves: their hosts' twins do, or they are layers.
+KNOWN = {"torch", "peft", "timm", "transformers", "open_clip", "torchvision", "diffusers", "accelerate"}
+SHOWN = 3  # suspects in a message
+
+
+def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callable[[Geometry], Plan | None]) -> None:
+    """Refuse a plan after which the model would not run, or would give maps of the old size.
+
+    Args:
+        plan: what would be done.
+        example: what to feed the model; may raise where it cannot be fed.
+        remake: the plan for another geometry.
+
+    Raises:
+        UnsupportedModelError, GeometryError: the message names what is left of the present geometry.
+    """
+    old, new = plan.subject.geometry, plan.target
+    squared = _becomes_rectangular(old, new)
+    suspects = list(dict.fromkeys(_suspects(plan)))
+    if not suspects and not (squared and any(True for _ in _owned(plan.subject.model))):
+        return
+    run = Rehearsal(plan.subject.model, example)
+    before = run.at(None, old)
+    if not isinstance(before, dict):
+        return  # cannot be told
+    told = _told(suspects)
+    after = run.at(plan, new)
+    if isinstance(after, Exception):
+        why = _line(str(after) or type(after).__name__)
+        if squared and not suspects:
+            raise _square(plan, why)
+        raise UnsupportedModelError(
+            f"{type(plan.subject.model).__name__} runs as it is, but would not at patch {show(new.patch_size)} and "
+            f"image {show(new.image_size)} ({why}): {told}, which nothing says how to follow. Change it "
+            f"together with the model: adapt the model inside on its own, and set this by hand"
+        )
+    for name, shape in before.items():
+        stale = _stale(shape, after.get(name, shape), old, new)
+        if stale:
+            raise UnsupportedModelError(
+                f"output{name} of {type(plan.subject.model).__name__} is {shape}, and would become {after[name]}, "
+                f"which keeps {stale}: {told}, which nothing says how to follow. Adapt the model inside on its own, "
+                f"and set this by hand"
+            )
+    if squared and math.isqrt(math.prod(new.grid or ())) ** 2 == math.prod(new.grid or ()):
+        _require_no_root(run, remake, plan, before)
+
+
+class Rehearsal:
+    """A model and what to feed it.
+
+    Args:
+        model: the live model, which stays as it is.
+        example: makes what to feed it; may raise.
+    """
+
+    def __init__(self, model: nn.Module, example: Callable[[], Example]) -> None:
+        self.model = model
+        self.example = example
+
+    def at(self, plan: Plan | None, geometry: Geometry) -> dict[str, Size] | Exception:
+        """The shapes of what the model returns, or why it returns nothing."""
+        try:
+            fed = self.example()
+            image = geometry.image_size
+            if image is None or fed.unit != (1, 1) or len(fed.shape) < len(image) + 2:
+                return ValueError("not fed pixels")
+            like = next(p for p in self.model.parameters() if p.is_floating_point())
+            size = (*fed.shape[: len(fed.shape) - len(image)], *image)
+            return shapes(staged(self.model, plan), fed.call, size, like.dtype)
+        except Exception as error:
+            return error
+
+
+# -- what is suspicious ------------------------------------------------------------------------------------------
+
+
+def _owned(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in root.named_modules():
+        if type(module).__module__.split(".")[0] not in KNOWN:
+            yield path, module
+
+
+def _suspects(plan: Plan) -> Iterator[str]:
+    """Numbers of the present geometry that people's own modules hold and that would stay."""
+    numbers = _numbers(plan.subject.geometry, plan.target)
+    changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
+    classes: set[type] = set()
+    for path, module in _owned(plan.subject.model):
+        for name, value in vars(module).items():
+            if (id(module), name) in changed or name in vars(nn.Module()):
+                continue
+            for full, _, leaf in holdings(name, value):
+                found = _number(leaf, numbers)
+                if found is not None:
+                    yield f"{path}.{full} = {found}" if path else f"{full} = {found}"
+        if type(module) not in classes:
+            classes.add(type(module))
+            yield from _in_code(type(module), numbers)
+
+
+def _numbers(old: Geometry, new: Geometry) -> set[int]:
+    """Sides and counts of the present geometry that the new one does not have in their place."""
+    pairs = list(zip(old.patch_size, new.patch_size, strict=True))
+    pairs.append((math.prod(old.patch_size[-2:]), math.prod(new.patch_size[-2:])))
+    if old.image_size is not None and new.image_size is not None:
+        pairs += zip(old.image_size, new.image_size, strict=True)
+    if old.grid is not None and new.grid is not None:
+        pairs += zip(old.grid, new.grid, strict=True)
+        pairs += [(math.prod(old.grid) + k, math.prod(new.grid) + k) for k in (0, old.prefix_tokens)]
+    return {a for a, b in pairs if a != b and a > TELLING}
+
+
+def _number(leaf: Any, numbers: set[int]) -> Any:
+    if is_array(leaf) and leaf.ndim == 0:
+        leaf = leaf.item()
+    if type(leaf) is int:
+        return leaf if leaf in numbers else None
+    if isinstance(leaf, Tensor) or is_array(leaf):
+        shape = tuple(leaf.shape)
+        return f"of shape {shape}" if numbers & set(shape) else None
+    if isinstance(leaf, types.FunctionType):
+        return next(_constants(leaf.__code__, numbers), None)
+    if isinstance(leaf, (list, tuple)) and len(leaf) > TELLING and len(leaf) in numbers:
+        return f"{len(leaf)} values"
+    return None
+
+
+def _in_code(kind: type, numbers: set[int]) -> Iterator[str]:
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] in {*KNOWN, "builtins", "typing"}:
+            continue
+        for name, function in vars(base).items():
+            if isinstance(function, types.FunctionType) and name != "__init__":
+                for number in _constants(function.__code__, numbers):
+                    yield f"the number {number} in {base.__name__}.{name}"
+
+
+def _constants(code: types.CodeType, numbers: set[int]) -> Iterator[int]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _constants(constant, numbers)
+        for item in constant if isinstance(constant, tuple) else (constant,):
+            if type(item) in (int, float) and item in numbers:
+                yield int(item)
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> str:
+    """What of the present geometry an output would keep; empty if nothing, or if it cannot be told."""
+    if len(before) != len(after):
+        return ""
+    sizes = []
+    if old.image_size is not None and new.image_size is not None:
+        sizes.append(("the size of the image", old.image_size[-2:], new.image_size[-2:]))
+    if old.grid is not None and new.grid is not None:
+        sizes.append(("the grid", old.grid[-2:], new.grid[-2:]))
+    for what, a, b in sizes:
+        if a == b or min(a) <= TELLING:
+            continue
+        for i in range(1, len(before) - 1):
+            kept = before[i : i + 2] == a == after[i : i + 2]
+            others = before[:i] + before[i + 2 :] != after[:i] + after[i + 2 :]
+            if kept and (others or what != "the grid"):
+                return f"{what} ({show(a)})"
+    if old.grid is not None and new.grid is not None and before != after:
+        for count in {math.prod(old.grid), math.prod(old.grid) + old.prefix_tokens}:
+            if count > TELLING**2 and math.prod(old.grid) != math.prod(new.grid) and count in before[1:]:
+                i = before.index(count, 1)
+                if after[i] == count and before[:i] + before[i + 1 :] != after[:i] + after[i + 1 :]:
+                    return f"the number of tokens ({count})"
+    return ""
+
+
+def _becomes_rectangular(old: Geometry, new: Geometry) -> bool:
+    if old.grid is None or new.grid is None or len(old.patch_size) != 2:
+        return False
+    return len(set(old.grid)) == 1 < len(set(new.grid))
+
+
+def _require_no_root(
+    run: Rehearsal, remake: Callable[[Geometry], Plan | None], plan: Plan, before: dict[str, Size]
+) -> None:
+    """A grid of n by n + 1 tokens is never a square number: what takes a root of it fails on it, or cuts it wrongly."""
+    old = plan.subject.geometry
+    assert old.grid is not None
+    side = max(old.grid[0], 2)
+    image = tuple(n * patch for n, patch in zip((side, side + 1), plan.target.patch_size, strict=True))
+    probe = Geometry(plan.target.patch_size, image, old.prefix_tokens, old.library)
+    try:
+        other = remake(probe)
+    except AnypatchError:
+        return
+    after = run.at(other, probe)
+    if isinstance(after, Exception):
+        raise _square(plan, str(after))
+    for name, shape in before.items():
+        if _stale(shape, after.get(name, shape), old, probe):
+            raise _square(plan, f"of a {show(probe.grid)} grid it would make {after[name]}")
+
+
+def _square(plan: Plan, why: str) -> GeometryError:
+    new = plan.target
+    return GeometryError(
+        f"{type(plan.subject.model).__name__} takes its tokens for a square grid ({_line(why)}), and "
+        f"{show(new.image_size)} at patch {show(new.patch_size)} is a {show(new.grid)} one: adapt to a square image"
+    )
+
+
+def _told(suspects: list[str]) -> str:
+    more = f" and {len(suspects) - SHOWN} more" if len(suspects) > SHOWN else ""
+    return f"it holds {'; '.join(suspects[:SHOWN])}{more}" if suspects else "something in it stays as it is"
+
+
+def _line(text: str) -> str:
+    return (text.splitlines() or [""])[0][:200]
