@@ -168,8 +168,8 @@ def _require_repeatable(first: _Run, second: _Run) -> None:
 
 
 def _pictures(inner: Subject, example: Example, run: _Run) -> frozenset[str]:
-    """Outputs that are as large as the image where its side is the number of tokens, too, as that of attention maps:
-    what is as large as a wider image in a rehearsal."""
+    """Outputs that are as large as the image where its side is the number of tokens, too, as that of attention maps is:
+    those that have no side of the number of tokens at a wider image, in a rehearsal."""
     image, grid = inner.geometry.image_size, inner.geometry.grid
     if image is None or grid is None or image[-2] not in _counts(inner.geometry):
         return frozenset()
@@ -183,7 +183,8 @@ def _pictures(inner: Subject, example: Example, run: _Run) -> frozenset[str]:
     shapes = None if plan is None else Rehearsal(inner.model, lambda: example).at(plan, plan.target)
     if not isinstance(shapes, dict):
         return frozenset()
-    return frozenset(f"output{name}" for name, shape in shapes.items() if _holds(shape, wide[-2:]))
+    counts = set(_counts(plan.target)) if plan is not None else set()
+    return frozenset(f"output{name}" for name, shape in shapes.items() if not counts & set(shape))
 
 
 def _holds(shape: Size, pair: Size) -> bool:

@@ -6,15 +6,21 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anypatch
 from anypatch.core import modes
 from anypatch.errors import UnsupportedModelError
 from anypatch.inspection import inspect
+from families import Family, families
 
 timm = pytest.importorskip("timm")
 
@@ -61,6 +67,27 @@ AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "deterministic": deterministic,
 }
+
+
+class Doubling(TorchFunctionMode):
+    """What a user's mode may do to whatever torch computes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func in (torch.matmul, torch.einsum, F.interpolate, Tensor.__matmul__) else result
+
+
+class Recording(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.double() if isinstance(result, Tensor) and result.is_floating_point() else result
+
+
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "function mode": Doubling,
+    "dispatch mode": Recording,
+    "fake tensors": FakeTensorMode,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "absolute": vit,
     "rotary": lambda: timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1),
@@ -82,6 +109,77 @@ def test_the_result_is_the_same_under(around: str, kind: str) -> None:
     assert not any(t.is_inference() for t in state(other).values())
     image = tuple(anypatch.geometry(other).image_size)
     other(torch.randn(2, 3, *image)).sum().backward()
+
+
+@pytest.mark.parametrize("around", MODES)
+def test_modes_of_the_callers_are_laid_aside(around: str) -> None:
+    model = vit()
+    other = copy.deepcopy(model)
+    anypatch.adapt(model, 32, image_size=96)
+    with MODES[around]() as mode:
+        anypatch.adapt(other, 32, image_size=96)
+        assert torch.utils._python_dispatch._len_torch_dispatch_stack() == int(not isinstance(mode, Doubling))
+        assert torch.overrides._len_torch_function_stack() == int(isinstance(mode, Doubling))
+    assert same(model, other)
+    assert all(type(tensor) is nn.Parameter for tensor in other.parameters())
+
+
+FAMILIES = [family for family in families() if not family.refused]
+CASTS = [torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+
+
+def _target(model: nn.Module, family: Family) -> Any:
+    """Another patch, and another grid where the model has one."""
+    return family.patch_size or tuple(2 * side for side in anypatch.geometry(model).patch_size)
+
+
+def _outcome(model: nn.Module, target: Any, keep: str, around: contextlib.AbstractContextManager) -> str:
+    with around:
+        try:
+            anypatch.adapt(model, target, keep=keep)
+        except anypatch.AnypatchError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("keep", ["image", "grid"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f.library}-{f.name}")
+def test_every_family_is_the_same_under_everything(family: Family, keep: str) -> None:
+    """The same bytes, or the same words of a refusal."""
+    torch.manual_seed(0)
+    model = family.build()
+    target, wanted = _target(model, family), copy.deepcopy(model)
+    said = _outcome(wanted, target, keep, contextlib.nullcontext())
+    for name, around in {**AMBIENT, **MODES}.items():
+        other = copy.deepcopy(model)
+        assert _outcome(other, target, keep, around()) == said, name
+        assert same(wanted, other), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", CASTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f.library}-{f.name}")
+def test_every_family_is_the_same_after_a_cast_and_back(family: Family, dtype: torch.dtype) -> None:
+    """Tables that the library computes are computed anew: as exact as in a model that was never cast."""
+    torch.manual_seed(0)
+    model, exact = family.build(), {}
+    target = _target(model, family)
+    wanted = copy.deepcopy(model)
+    computed = {name for name, _ in model.named_buffers()}
+    if _outcome(wanted, target, "image", contextlib.nullcontext()):
+        pytest.skip("refused, and said so by the proof of sameness")
+    rounded = {n: t.detach().to(dtype).to(t.dtype) for n, t in model.named_buffers() if t.is_floating_point()}
+    for name, tensor in rounded.items():
+        model.get_buffer(name).data = tensor
+    anypatch.adapt(model, target)
+    exact = dict(wanted.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in computed or not buffer.is_floating_point() or torch.equal(buffer, exact[name]):
+            continue
+        # what stayed as it was rounded, or a trained table, which is resampled from what it was rounded to
+        error = (buffer - exact[name]).norm() / exact[name].norm().clamp_min(1e-6)
+        assert error < 4 * torch.finfo(dtype).eps, (name, float(error))
 
 
 @pytest.mark.parametrize("around", AMBIENT)
@@ -496,8 +594,8 @@ def test_towers_that_share_layers_are_told_how_to_go_on() -> None:
 def test_tensors_without_values_are_refused() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        model = vit()
+    model = vit()
+    model.patch_embed.proj.weight = FakeTensorMode().from_tensor(model.patch_embed.proj.weight)
     with pytest.raises(UnsupportedModelError, match="is a FakeTensor"):
         anypatch.adapt(model, 32)
 

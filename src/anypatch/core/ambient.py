@@ -6,20 +6,38 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import overrides
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Kinds of devices whose autocast torch can be asked about; others have none in a release that we support.
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    """Lay the calling thread's TorchFunctionModes and TorchDispatchModes aside: whoever watches or changes what torch
+    computes (FakeTensorMode, a profiler's, a user's) means the model, not the arithmetic in here."""
+    laid = []
+    while overrides._len_torch_function_stack():
+        laid.append(overrides._pop_mode())
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(laid):
+            overrides._push_mode(mode)
+
+
+@contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run a block as if neither autocast nor inference mode nor a default device were active.
+    """Run a block as if neither autocast nor inference mode nor a default device nor any mode of torch were active.
 
     Only switches that belong to the calling thread are turned. The default dtype is the process's, so it stays as it
     is, and whoever creates a tensor says in which dtype. Gradients are recorded again where the block does not turn
     them off, as leaving inference mode does.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_modes())
         grad = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

@@ -77,11 +77,7 @@ ADVICE = "adapt the model before offloading it (before device_map, dispatch_mode
 
 
 def _require_whole(item: Touched) -> None:
-    """The tensor is no shard of a larger one, and has values."""
-    if any(kind.__name__ == "FakeTensor" for kind in type(item.tensor).__mro__):
-        raise UnsupportedModelError(
-            f"{item.name} is a FakeTensor, which has no values: adapt the model itself, outside of FakeTensorMode"
-        )
+    """The tensor is no shard of a larger one."""
     if hasattr(item.tensor, "device_mesh") and hasattr(item.tensor, "placements"):
         raise UnsupportedModelError(
             f"{item.name} is sharded over a device mesh ({type(item.tensor).__name__}): {SHARDED}"

@@ -54,6 +54,7 @@ NOT_COUNTED = re.compile(
     r"text|txt|captions?|words?|context|prompts?|lang(uage)?|llm|sentences?|per|stride|batch|embed|mlp|depth|layers?|mask(ed|s)?|keep|drop|extra|prefix|cls|reg(isters?)?|quer(y|ies)"
 )
 PIXELS = re.compile(r"pix(els?)?|area|patch")
+# Which axis a side is of, by a word of its name: rows before columns, as sizes have them.
 AXES = {"h": 0, "height": 0, "hp": 0, "nh": 0, "rows": 0, "row": 0} | dict.fromkeys(
     ("w", "width", "wp", "nw", "cols", "columns", "col"), 1
 )
@@ -129,6 +130,9 @@ def follow(value: Any, present: list[Any], following: list[Any], full: str) -> A
     size = ints(value)
     if size is None:
         return None
+    if len(size) == 1:  # the shorter side, as torchvision's transforms keep it
+        after = follow(size[0], present, following, full)
+        return None if after is None else type(value)([after])
     for old, new in zip(present, following, strict=True):
         if isinstance(old, tuple) and size[-len(old) :] == old and len(size) <= len(old) + 1:
             return type(value)([*size[: -len(old)], *new])
