@@ -128,7 +128,7 @@ def _not_run(runs: dict[tuple[Peer, str], Run]) -> Iterator[str]:
         )
         if plain.uncollected:
             yield f"- {peer.name}: {len(plain.uncollected)} files need what is not installed: " + "; ".join(
-                f"`{name}` ({last})" for name, last in plain.uncollected.items()
+                f"`{name}` ({last})" for name, last in sorted(plain.uncollected.items())
             )
         if not plain.finished:
             yield f"- {peer.name}: the run on models as they are was cut short."
