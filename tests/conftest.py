@@ -13,10 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 for folder in ("benchmarks", "tools", "tests"):
     sys.path.insert(0, str(Path(__file__).parent.parent / folder))
 warnings.filterwarnings("ignore", category=UserWarning)
+# How fast the machine is says nothing about the code.
+settings.register_profile("anypatch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("anypatch")
 
 
 @pytest.fixture(autouse=True)

@@ -138,7 +138,7 @@ def _outside(
     objects = [*(item.tensor for item in parameters.values()), *(module for _, module, _ in layers.values())]
     strangers: dict[int, tuple[dict[Any, Any], Any]] = {}
     for holder in gc.get_referrers(*objects, root):
-        if type(holder) is not dict or id(holder) in inside:
+        if not isinstance(holder, dict) or id(holder) in inside:  # an OrderedDict, before torch 2.5
             continue
         for key, value in list(holder.items()):
             if id(value) in parameters or id(value) in layers or (value is root and key == "module"):
