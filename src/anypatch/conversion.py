@@ -26,7 +26,7 @@ from anypatch.files.header import TYPE_NAMES, Header, read_header
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
 from anypatch.files.tensors import require_finite, tensor_bytes
-from anypatch.hosts import cards
+from anypatch.hosts import cards, door
 from anypatch.hosts.checkpoints import architecture, fit
 from anypatch.hosts.folders import without_formats
 from anypatch.hosts.opened import changed_tensors
@@ -90,7 +90,7 @@ def convert(
         "kernel": kernel,
         "positions": positions,
     }
-    with undisturbed():
+    with undisturbed(), door.describing(str(source)):
         if not source.is_dir():
             _convert_file(source, target, arch, ask, prefix)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import tempfile
@@ -107,7 +108,10 @@ def load(
         model = _load(str(source), host_kwargs)
     history.note_origin(unwrap(model), str(source))
     if patch_size is not None or image_size is not None:
-        adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+        # what a name stands for is the library's own, and an error there ours; a directory may say anything
+        local = Path(str(source).partition(":")[2] or source).exists() or Path(source).exists()
+        with door.describing(str(source)) if local else contextlib.nullcontext():
+            adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     return model
 
 

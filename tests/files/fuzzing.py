@@ -171,7 +171,7 @@ def _near(value: Any, chance: random.Random) -> Any:
         near = (value + 1, value - 1, -value, value * 2, value * 1000, value * 10**7, 0, float(value), str(value))
         return chance.choice(near)
     if isinstance(value, float):
-        return chance.choice((-value, value * 1e6, 0.0, int(value), str(value)))
+        return chance.choice((-value, value * 1e6, 0.0, str(value), repr(value) * 2))
     if isinstance(value, str):
         return chance.choice((value + "x", value[:-1], value.upper(), "/" + value, "../" + value, [value], value * 100))
     if isinstance(value, list):

@@ -557,7 +557,9 @@ def _index(place: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "a/../../evil.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/evil.safetensors", "a/../../evil.safetensors", "..", "", "x" * 1000]
+)
 def test_an_index_that_names_another_place(place: Path, name: str) -> None:
     folder = _index(place, name)
     (place / "evil.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
@@ -706,3 +708,18 @@ def test_a_repository_is_looked_at_like_a_directory(
     _cached(place / "hub", {file: json.dumps(config)})
     with pytest.raises(CheckpointError, match=match):
         anypatch.load(source, cache_dir=str(place / "hub"))
+
+
+@pytest.mark.parametrize("size", [{"image_size": -32}, {"patch_size": -8}, {"image_size": [32, -32]}])
+def test_sizes_below_nothing(place: Path, size: dict[str, Any]) -> None:
+    """The library takes them, and builds a model whose tables fit by chance."""
+    folder = _hf(place)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, **size}))
+    for call in (
+        lambda: anypatch.load(folder, patch_size=16),
+        lambda: anypatch.convert(folder, place / "out", patch_size=16),
+    ):
+        with pytest.raises((CheckpointError, anypatch.UnsupportedModelError)):
+            call()
+    assert not (place / "out").exists()

@@ -26,6 +26,7 @@ MAX_COUNT = 10_000  # a hundred times what the largest have
 # Of which transformers makes a table of names, whether or not there is a head.
 LABELS = re.compile(r"(^|_)num_labels$")
 MAX_LABELS = 1 << 20  # ImageNet-21k has 21,843
+MAX_NAME = 255  # bytes of the name of a file, on every usual file system
 MAX_SIDE = 1 << 40  # any whole number: above it, a product of two overflows what torch counts in
 # Not a name but a place, for any library: a directory, a drive, an address, a prefix that says where from.
 PLACE = re.compile(r"[/\\:]|^[.~]")
@@ -131,6 +132,7 @@ def require_file_name(value: Any, where: str) -> str:
         CheckpointError: it is none.
     """
     plain = isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")
+    plain = plain and len(value.encode("utf-8", "surrogatepass")) <= MAX_NAME
     if not plain or (os.name == "nt" and ":" in value):
         raise CheckpointError(f"{where} names a file outside the directory: {str(value)[:200]!r}")
     return str(value)

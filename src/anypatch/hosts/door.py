@@ -66,6 +66,26 @@ def speaking_for(library: str, what: str, package: str | None = None) -> Iterato
         raise CheckpointError(f"{library} cannot load {what}: {words}{advice}") from error
 
 
+@contextlib.contextmanager
+def describing(what: str) -> Iterator[None]:
+    """Turn whatever an odd configuration leads to, while a model of its is changed, into one of our errors.
+
+    Args:
+        what: the directory or file that describes the model.
+
+    Raises:
+        CheckpointError: anything that is not ours already.
+    """
+    try:
+        yield
+    except (AnypatchError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{what} describes a model that cannot be changed: {type(error).__name__}: {said(error)}"
+        ) from error
+
+
 def said(error: BaseException) -> str:
     """What an error says, on one line; its class where the words alone would not do."""
     words = " ".join(str(error).split())
