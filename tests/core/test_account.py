@@ -517,6 +517,26 @@ def test_a_grid_that_a_merging_layer_does_not_divide_is_refused(image: Any, size
     model(torch.randn(1, 3, 96, 96))
 
 
+GEMMA: dict[str, Any] = {"depth": 1, "embed_dim": 32, "num_heads": 2, "head_dim": 16, "position_embedding_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "merges"),
+    [
+        ("gemma4_vit_167m_enc", {}, True),
+        ("gemma4_vit_167m", {"encoder_pool": "soft"}, True),
+        ("gemma4_vit_167m", {"encoder_pool": ""}, False),
+    ],
+)
+def test_so_is_one_that_a_pooling_of_tokens_does_not_divide(name: str, arguments: dict[str, Any], merges: bool) -> None:
+    model = timm.create_model(name, img_size=96, **GEMMA, **arguments).eval()
+    if merges:
+        refused(model, r"merges 3 x 3 tokens.* such as 96x96 or 144x144", error=GeometryError, image_size=128)
+    size = 144 if merges else 128
+    anypatch.adapt(model, image_size=size)
+    assert torch.isfinite(model(torch.randn(1, 3, size, size))).all()
+
+
 # -- numbers that coincide with the geometry ---------------------------------------------------------------------
 
 

@@ -62,3 +62,16 @@ _DEFAULT = Row()
 def row(core: nn.Module) -> Row:
     """What is known of a model's class."""
     return ROWS.get(type(core).__name__, _DEFAULT)
+
+
+# What says that so many tokens a side become one, and what else the layer has to say for it to do so.
+MERGES: dict[str, dict[str, str]] = {"merge_size": {}, "pooling_kernel_size": {"global_pool": "soft"}}
+
+
+def merged_tokens(module: nn.Module) -> int | None:
+    """How many tokens a side a layer makes one of, if it does: it needs a grid of whole multiples."""
+    said = vars(module)
+    for name, others in MERGES.items():
+        if type(said.get(name)) is int and all(said.get(other) == value for other, value in others.items()):
+            return int(said[name])
+    return None

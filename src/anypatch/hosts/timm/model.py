@@ -17,7 +17,7 @@ from anypatch.core.roles import Facts
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import comes_from, pair, plain
-from anypatch.hosts.timm.facts import ORDERS, row
+from anypatch.hosts.timm.facts import ORDERS, merged_tokens, row
 from anypatch.hosts.timm.private import core_of, create, is_extractor, note_image_size, recorded
 from anypatch.hosts.timm.stems import Stem, arguments_of, branches, stem_of, title_of, unwrapped
 
@@ -107,8 +107,8 @@ def _require_merged(twin: nn.Module, geometry: Geometry) -> None:
     """Layers that merge neighbouring tokens need a grid that they divide."""
     grid, image = geometry.grid, geometry.image_size
     for path, module in twin.named_modules():
-        merge = vars(module).get("merge_size")
-        if type(merge) is not int or grid is None or image is None or not any(side % merge for side in grid):
+        merge = merged_tokens(module)
+        if merge is None or grid is None or image is None or not any(side % merge for side in grid):
             continue
         unit = tuple(patch * merge for patch in geometry.patch_size)
         below = tuple(max(side // u, 1) * u for side, u in zip(image, unit, strict=True))
