@@ -91,10 +91,16 @@ def wrapped(module: nn.Module) -> list[nn.Module]:
     return [m for m in found if m is not None]
 
 
-def innermost(layer: nn.Module) -> nn.Module:
-    """The layer that an adapter, or a module of the user's around one linear layer or convolution, wraps."""
+def beneath(layer: nn.Module) -> nn.Module:
+    """The layer that PEFT's adapters wrap, one in another where there are several."""
     while "base_layer" in layer._modules:
         layer = layer.get_submodule("base_layer")
+    return layer
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The layer that an adapter, or a module of the user's around one linear layer or convolution, wraps."""
+    layer = beneath(layer)
     if isinstance(layer, (_ConvNd, nn.Linear)):
         return layer
     inside = [m for m in layer.modules() if isinstance(m, (_ConvNd, nn.Linear))]

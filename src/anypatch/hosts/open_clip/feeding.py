@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from anypatch.core.adapters import beneath
 from anypatch.core.twins import Subject
 from anypatch.hosts.base import Example
-from anypatch.hosts.open_clip.model import image_tower, is_a, layer_of
+from anypatch.hosts.open_clip.model import image_tower, is_a
 from anypatch.hosts.timm.feeding import example_at
 
 
@@ -22,7 +23,7 @@ def example(subject: Subject) -> Example:
                 inner.shape, lambda m, x: inner.call(image_tower(m)[1].get_submodule("trunk"), x), inner.unit
             )
         return Example(inner.shape, _encode)
-    channels: Any = layer_of(tower.get_submodule("conv1")).in_channels
+    channels: Any = beneath(tower.get_submodule("conv1")).in_channels
     assert geometry.image_size is not None
     return Example((2, channels, *geometry.image_size), _encode)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from anypatch.core.adapters import beneath
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
@@ -61,17 +62,11 @@ def subject(model: nn.Module) -> Subject:
 
 
 def _geometry(tower: nn.Module) -> Geometry:
-    conv = layer_of(tower.get_submodule("conv1"))
+    conv = beneath(tower.get_submodule("conv1"))
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride:
         raise UnsupportedModelError(f"conv1 of the image tower ({conv}) is not one linear map per patch")
     image: Any = tower.image_size
     return Geometry(tuple(conv.stride), pair(image), 1, NAME)
-
-
-def layer_of(module: nn.Module) -> nn.Module:
-    """What an adapter's wrapper wraps."""
-    inner = module._modules.get("base_layer")
-    return module if inner is None else layer_of(inner)
 
 
 def _build(tower: nn.Module, geometry: Geometry) -> nn.Module:
@@ -84,7 +79,7 @@ def _build(tower: nn.Module, geometry: Geometry) -> nn.Module:
     blocks = list(live.transformer.resblocks)
     pool: Any = live.attn_pool
     projection = getattr(live, "proj", None)
-    hidden: Any = layer_of(blocks[0].mlp.c_fc).out_features if blocks else width
+    hidden: Any = beneath(blocks[0].mlp.c_fc).out_features if blocks else width
     return VisionTransformer(
         image_size=geometry.image_size,
         patch_size=geometry.patch_size,

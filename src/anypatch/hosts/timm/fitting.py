@@ -18,7 +18,7 @@ from anypatch.files.configs import require_name
 from anypatch.files.reading import Checkpoint
 from anypatch.files.tensors import assign, rooted_for
 from anypatch.hosts.base import plain, unknown
-from anypatch.hosts.timm.heads import head_names, reset
+from anypatch.hosts.timm.classifier import head_names, reset
 from anypatch.hosts.timm.npz import load_npz
 from anypatch.hosts.timm.private import construction
 from anypatch.hosts.timm.safety import LOCAL, checked_folder

@@ -14,8 +14,8 @@ from anypatch.errors import AnypatchError
 from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
 from anypatch.files.tensors import compared, shapes
+from anypatch.hosts.timm.classifier import head_names
 from anypatch.hosts.timm.fitting import build_for, converted
-from anypatch.hosts.timm.heads import head_names
 from anypatch.hosts.timm.npz import fits_npz
 from anypatch.hosts.timm.private import construction
 

@@ -14,7 +14,7 @@ from anypatch.errors import CheckpointError
 from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
 from anypatch.files.tensors import listed
-from anypatch.hosts.timm.heads import head_names, reset
+from anypatch.hosts.timm.classifier import head_names, reset
 
 
 def load_npz(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from anypatch.core.adapters import beneath
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
@@ -55,9 +56,7 @@ def _geometry(model: nn.Module) -> Geometry:
 
 def projection_of(model: nn.Module) -> nn.Conv2d:
     path = known(model).projection
-    layer = model.get_submodule(path)
-    while not isinstance(layer, nn.Conv2d) and isinstance(layer._modules.get("base_layer"), nn.Module):
-        layer = layer._modules["base_layer"]  # type: ignore[assignment]
+    layer = beneath(model.get_submodule(path))
     if not isinstance(layer, nn.Conv2d):
         raise UnsupportedModelError(
             f"{path} of {type(model).__name__} is a {type(layer).__name__}: the stem is not one linear map per patch"
