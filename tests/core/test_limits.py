@@ -91,3 +91,13 @@ def test_parameters_take_none() -> None:
 def test_the_environment_says_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYPATCH_MEMORY_LIMIT", "123")
     assert limit() == 123
+    monkeypatch.setenv("ANYPATCH_MEMORY_LIMIT", "")
+    assert limit() == 4 << 30
+
+
+@pytest.mark.parametrize("text", ["8G", "-1", "1e9", "0x10", "²"])
+def test_a_misspelt_bound_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """It went unsaid, and the default held."""
+    monkeypatch.setenv("ANYPATCH_MEMORY_LIMIT", text)
+    with pytest.raises(AnypatchError, match=r"ANYPATCH_MEMORY_LIMIT .*bytes"):
+        limit()

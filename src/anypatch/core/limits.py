@@ -61,12 +61,18 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def limit() -> int:
-    """The bound that holds here, in bytes."""
+    """The bound that holds here, in bytes.
+
+    Raises:
+        GeometryError: the environment variable says no number of bytes: a bound that is misspelt is none.
+    """
     given = _limit.get()
     if given is not None:
         return given
-    text = os.environ.get(VARIABLE, "")
-    return int(text) if text.isdigit() else DEFAULT
+    text = os.environ.get(VARIABLE, "").strip()
+    if text and not text.isdecimal():
+        raise GeometryError(f"{VARIABLE} takes a number of bytes, got {text[:100]!r}")
+    return int(text) if text else DEFAULT
 
 
 class LimitError(GeometryError):
