@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import anypatch
-from anypatch import UnsupportedModelError, hosts
+from anypatch import CheckpointError, UnsupportedModelError, hosts
 from anypatch.hosts.base import Host
 from anypatch.inspection import inspect
 from anypatch.measure.features import Reader
 from anypatch.measure.preprocess import preprocess_of
+from anypatch.measure.view import view
+from builders import write
 from dummy_host.model import Tiny
 
 DUMMY = Host("dummy", package="dummy_host")
@@ -44,6 +48,23 @@ def test_the_model_part_alone_adapts_checks_and_inspects() -> None:
 
 
 @pytest.mark.usefixtures("registered")
+def test_the_model_part_alone_gives_views() -> None:
+    """``at`` and ``flexible`` share the host's weights, and say what an adapted copy says."""
+    model = Tiny().eval()
+    with torch.no_grad():
+        model.where.normal_()
+    pixels = torch.randn(1, 3, 16, 16)
+    coarse, fine = anypatch.at(model, 8), model(pixels)
+    flexible = anypatch.flexible(model, (4, 8))
+    torch.testing.assert_close(coarse(pixels), anypatch.adapt(copy.deepcopy(model), 8)(pixels))
+    torch.testing.assert_close(flexible(pixels, patch_size=8), coarse(pixels))
+    assert torch.equal(model(pixels), fine)
+    coarse(pixels).square().mean().backward()
+    assert model.embed.weight.grad is not None
+    assert model.embed.weight.grad.shape == (8, 3 * 4 * 4)
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_model_that_holds_the_hosts_is_adapted_too() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -63,6 +84,7 @@ def test_every_other_verb_refuses_by_host_and_verb(registered: Host, tmp_path: P
     subject = registered.subject(Tiny())
     calls: dict[str, Any] = {
         "load": lambda: registered.load("x"),
+        "build": lambda: registered.build("x"),
         "save": lambda: registered.save(Tiny(), tmp_path, tmp_path),
         "candidates": lambda: registered.candidates(None),
         "fit": lambda: registered.fit("x", None),
@@ -75,16 +97,35 @@ def test_every_other_verb_refuses_by_host_and_verb(registered: Host, tmp_path: P
     for verb, call in calls.items():
         with pytest.raises(UnsupportedModelError, match=rf"\bdummy\b.*\b{verb}\b"):
             call()
-    assert registered.names_folder(tmp_path) is None
+    assert (registered.names(), registered.names_folder(tmp_path), registered.repository("x")) == ([], None, None)
 
 
 @pytest.mark.usefixtures("registered")
-def test_the_public_verbs_refuse_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"\bdummy\b.*\bsave\b"):
-        anypatch.save(Tiny(), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("lacking", "call"),
+    [
+        ("load", lambda place: anypatch.load("dummy:x")),
+        ("build", lambda place: anypatch.load("dummy:x", pretrained=False)),
+        ("save", lambda place: anypatch.save(Tiny(), place / "out")),
+        ("save", lambda place: anypatch.push_to_hub(Tiny(), "me/out", endpoint="http://localhost:9")),
+        ("preprocess", lambda place: anypatch.sweep(Tiny(), [8], cache=False)),
+        ("preprocess", lambda place: view(Tiny(), write(place / "a.png", (200, 30, 30), 0), [8])),
+        ("preprocess", lambda place: anypatch.tune(Tiny(), images=place, patch_size=8, steps=1, output=place / "out")),
+    ],
+    ids=["load", "load without weights", "save", "push_to_hub", "sweep", "view", "tune"],
+)
+def test_the_public_verbs_refuse_by_name(lacking: str, call: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"\bdummy\b.*\b{lacking}\b"):
+        call(tmp_path)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UnsupportedModelError, match=r"\bdummy\b.*\bpreprocess\b"):
-        anypatch.sweep(Tiny(), [8], cache=False)
+
+
+@pytest.mark.usefixtures("registered")
+def test_convert_names_the_hosts_that_can(tmp_path: Path) -> None:
+    save_file(Tiny().state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"dummy:x.*timm:NAME"):
+        anypatch.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", 8, arch="dummy:x")
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_a_module_that_holds_a_known_model_is_read_through_it() -> None:
