@@ -109,3 +109,30 @@ def test_readme_has_no_relative_links() -> None:
         r"\(https://(?:github\.com|raw\.githubusercontent\.com)/anypatch/anypatch/(?:blob/|tree/)?main/([^)#]+)", text
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_contributing_names_what_exists() -> None:
+    """Paths are there, every verb of the host contract stands in its room, every target of make is one."""
+    import re
+
+    from anypatch.hosts.base import MODEL, ROOMS, Host
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    source = ROOT / "src" / "anypatch"
+    named = {
+        re.sub(r"<\w+>", "torchvision", word) for word in re.findall(r"`([\w<>./-]+(?:/|\.py|\.md|\.toml))`", text)
+    }
+    assert len(named) > 30
+    for name in named:
+        # made by a command, or a room of a host's folder
+        places = [place / name for place in (ROOT, source, source / "core", source / "hosts" / "torchvision")]
+        assert any(place.exists() for place in places) or name == "docs/peers.md", name
+    said = {
+        verb: room.partition(".")[0]
+        for room, verbs in re.findall(r"^\| `(\w+\.py)`[^|]*\|((?:.*\n\| \| )*[^|]*)\|", text, re.M)
+        for verb in re.findall(r"`(\w+)\(", verbs)
+    }
+    assert said == {"recognises": MODEL, "subject": MODEL, **ROOMS}
+    assert all(callable(getattr(Host, verb)) for verb in said)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"(?m)(?:^|`)make ([\w-]+)", text)) <= targets
