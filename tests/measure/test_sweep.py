@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import anypatch
 from anypatch.errors import AnypatchError, DataError, GeometryError, UnsupportedModelError
@@ -220,7 +221,9 @@ def test_one_more_size_computes_only_that(folder: Path, passes: list[tuple[int, 
     assert [untimed(row) for row in second.rows[1:]] == [untimed(row) for row in first.rows]
 
 
-def test_cache_follows_weights_images_and_options(folder: Path, passes: list[tuple[int, int]], tmp_path: Path) -> None:
+def test_cache_follows_weights_images_options_and_versions(
+    folder: Path, passes: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image_folder(tmp_path, 5)
     sweep(vit(), [16], images=tmp_path)
     passes.clear()
@@ -240,6 +243,10 @@ def test_cache_follows_weights_images_and_options(folder: Path, passes: list[tup
     assert images_per_patch(passes) == {8: 15, 16: 15}
     passes.clear()
     sweep(vit(), [16], images=tmp_path, cache=False)
+    assert images_per_patch(passes) == {8: 15, 16: 15}
+    passes.clear()
+    monkeypatch.setattr(torch, "__version__", TorchVersion(f"{torch.__version__}.1"))  # may compute otherwise
+    sweep(vit(), [16], images=tmp_path)
     assert images_per_patch(passes) == {8: 15, 16: 15}
 
 
