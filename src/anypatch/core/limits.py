@@ -75,6 +75,15 @@ def limit() -> int:
     return int(text) if text else DEFAULT
 
 
+def gigabytes(size: int) -> str:
+    """Bytes as people read them; never nothing where there is something.
+
+    >>> gigabytes(4 << 30), gigabytes(1 << 20)
+    ('4.3', '0.001')
+    """
+    return f"{size / 1e9:.1f}" if size >= 10**9 else f"{size / 1e9:.1g}"
+
+
 class LimitError(GeometryError):
     """More memory than is allowed would be taken."""
 
@@ -150,8 +159,8 @@ class Bounded(TorchFunctionMode):
 
     def _says(self, total: int) -> str:
         return (
-            f"the model's buffers would take {total / 1e9:.1f} GB or more at this size, and "
-            f"{self.bound / 1e9:.1f} GB are allowed: choose a smaller image or a larger patch"
+            f"the model's buffers would take {gigabytes(total)} GB or more at this size, and "
+            f"{gigabytes(self.bound)} GB are allowed: choose a smaller image or a larger patch"
         )
 
 
@@ -187,8 +196,8 @@ class Loading(Bounded):
 
     def _says(self, total: int) -> str:
         return (
-            f"its configuration describes a model that takes {total / 1e9:.1f} GB or more, and the files that it comes "
-            f"with have {self.held} bytes: take the configuration that belongs to the weights"
+            f"its configuration describes a model that takes {gigabytes(total)} GB or more, and the files that it "
+            f"comes with have {self.held} bytes: take the configuration that belongs to the weights"
         )
 
 
