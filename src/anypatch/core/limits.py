@@ -34,6 +34,9 @@ DEFERRED = frozenset(("empty", "zeros", "ones", "full", "rand", "randn"))
 GROWING = frozenset(("repeat", "tile", "repeat_interleave", "contiguous", "clone", "one_hot", "outer", "kron", "stack",
                      "cat", "meshgrid", "new_zeros", "new_ones", "new_empty", "new_full", "reshape"))  # fmt: skip
 
+# Attributes of tensors, which are views; the other operations without a result of their own end with an underscore.
+IN_PLACE = frozenset(("__get__", "__set__"))
+
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("anypatch_memory_limit", default=None)
 
 
@@ -114,6 +117,8 @@ class Bounded(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name in IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "resize_"):
+            return func(*args, **kwargs)  # most calls of a constructor: they fill what is there
         made = name in FACTORIES
         if made:
             self.tensors += 1
