@@ -78,6 +78,15 @@ def test_what_was_not_run_is_said() -> None:
     assert verdict("timm", "grid", PLAIN, part).unrun == {"literal", "wrong", "large", "refused"}
 
 
+def test_what_fails_at_the_same_line_of_a_model_built_by_the_library_is_explained() -> None:
+    failing = {"wrong": ("failed", "nan [t.py:7]"), "literal": ("failed", "14 [t.py:9]"), "large": ("failed", "x")}
+    found = Run(outcomes=failing, changed=set(failing))
+    built = Run(outcomes={"wrong": ("failed", "inf [t.py:7]"), "literal": ("failed", "14 [t.py:8]"), "large": CRASHED})
+    outcome = verdict("timm", "grid", PLAIN, found, built)
+    assert outcome.explained == {"wrong": page.BUILT}
+    assert set(outcome.faults) == {"literal", "large"}
+
+
 @pytest.mark.usefixtures("one_row")
 def test_the_page_counts_and_names() -> None:
     peer = Peer("timm", "timm", ())

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["ANYPATCH_PEERS_KEEP"] = "1"
     os.nice(options.nice)
     runs: dict[tuple[Peer, str], Run] = {}
+    controls: dict[tuple[Peer, str], Run] = {}
     for peer in PEERS:
         if options.host and peer.name not in options.host:
             continue
@@ -44,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 runs[peer, mode] = read(result_file(peer, mode, options.select))
             else:
                 runs[peer, mode] = run(peer, mode, options.select, options.chunks)
-    text, faults = document(runs)
+            if mode not in ("none", "back") and peer.factory:
+                control = result_file(peer, mode, options.select, control=True)
+                controls[peer, mode] = (
+                    read(control) if options.page else run(peer, mode, options.select, options.chunks, control=True)
+                )
+    text, faults = document(runs, controls)
     part = options.host or options.mode or options.select
     if not part:
         PAGE.write_text(text, encoding="utf-8")

@@ -7,6 +7,8 @@ The environment says how, what runs and where it is written:
   again.
 - `ANYPATCH_PEERS_BARE`: the results on models as they are. Only what passed there, and built a model whose patch size
   anypatch knows, can say anything about adapted models.
+- `ANYPATCH_PEERS_FAILED`: the results on adapted models. What failed there runs once more, on models that the library
+  itself builds at the sizes that the adapted ones have: what fails at the same line there is the test's own size.
 - `ANYPATCH_PEERS_NAMES`: a file of the models' names that tests of every model of the library are run on.
 - `ANYPATCH_PEERS_CHUNK`: how many tests to run before the process is left for a fresh one.
 
@@ -35,6 +37,7 @@ import pytest
 MODES = ("none", "back", "grid", "image", "size")
 # A test over more models than this is one over all the library's models: the chosen ones stand for them.
 MANY = 60
+FAILED = "ANYPATCH_PEERS_FAILED"
 # Why none of a family's tests run: the proof feeds a picture to a layer of it; what else the model takes is unknown.
 UNFED = "the proof feeds this family through an inner layer"
 _state = threading.local()
@@ -129,9 +132,24 @@ def adapting(build: Callable[..., Any]) -> Callable[..., Any]:
             _state.inside = inside
         given = signature.bind_partial(*args, **kwargs).arguments
         loaded = given.get("pretrained") or given.get("checkpoint_path")
-        return made if inside or loaded else adapted(made)
+        if inside or loaded:
+            return made
+        return built_by_the_library(adapted(made)) if FAILED in os.environ else adapted(made)
 
     return wrapper
+
+
+def built_by_the_library(model: Any) -> Any:
+    """A model of the same configuration that the host library itself builds at the model's geometry."""
+    import anypatch
+    from anypatch.adaptation import describe
+
+    with as_it_is():
+        try:
+            subject = describe(model)
+        except anypatch.AnypatchError:
+            return model
+        return subject.build(subject.geometry).train(model.training)
 
 
 def exchange(old: Callable[..., Any], packages: tuple[str, ...]) -> None:
@@ -168,9 +186,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests of every model run for the chosen ones; what has an outcome already does not run again."""
     result = results(Path(os.environ["ANYPATCH_PEERS_RESULT"]))
     started = {line["started"] for line in result if "started" in line}
-    bare = os.environ.get("ANYPATCH_PEERS_BARE")
-    plain = results(Path(bare)) if bare else []
-    telling = _telling(plain) if bare else None
+    telling = None
+    earlier = [results(Path(os.environ[name])) for name in ("ANYPATCH_PEERS_BARE", FAILED) if name in os.environ]
+    if earlier:
+        telling = _telling(earlier[0])
+    if len(earlier) > 1:
+        telling = _telling(earlier[0]) & {line["test"] for line in earlier[1] if line.get("outcome") == "failed"}
     names = os.environ.get("ANYPATCH_PEERS_NAMES")
     chosen = set(Path(names).read_text().split()) if names else None
     counts = Counter(getattr(item, "originalname", item.name) for item in items)
@@ -185,7 +206,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Of a run that is cut short, what ran is a sample of every family.
     kept.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
     chunk = int(os.environ.get("ANYPATCH_PEERS_CHUNK", "0")) or len(kept)
-    _state.whole = chunk >= len(kept) and (not bare or any("finished" in line for line in plain))
+    # What is run on is not all there yet where an earlier run was cut short.
+    complete = all(any("finished" in line for line in lines) for lines in earlier)
+    _state.whole = complete and chunk >= len(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept[:chunk])])
     items[:] = kept[:chunk]
 

@@ -40,13 +40,18 @@ class Verdict:
     unrun: set[str] = field(default_factory=set)
 
 
-def verdict(name: str, mode: str, plain: Run, found: Run) -> Verdict:
-    """What fails on adapted models of what passes on models as they are."""
+BUILT = "a model that the library itself builds at these sizes fails it at the same line"
+
+
+def verdict(name: str, mode: str, plain: Run, found: Run, built: Run | None = None) -> Verdict:
+    """What fails on adapted models of what passes on models as they are; `built` is the control."""
     tests = plain.telling & found.changed
     made = Verdict(tests, tests & found.of("passed"), unrun=plain.telling - set(found.outcomes))
     for test in sorted(tests - made.passed):
         outcome, message = found.outcomes[test]
         reason = explanation(name, mode, test, message)
+        if built is not None and _place(built.outcomes.get(test, ("", ""))) == _place((outcome, message)) != "":
+            reason = BUILT
         if outcome == "skipped":
             made.skipped[test] = message
         elif reason is not None:
@@ -59,13 +64,19 @@ def verdict(name: str, mode: str, plain: Run, found: Run) -> Verdict:
     return made
 
 
-def document(runs: dict[tuple[Peer, str], Run]) -> tuple[str, int]:
+def _place(outcome: tuple[str, str]) -> str:
+    """File and line of a failure."""
+    return outcome[1].rpartition(" [")[2] if outcome[0] == "failed" else ""
+
+
+def document(runs: dict[tuple[Peer, str], Run], controls: dict[tuple[Peer, str], Run] | None = None) -> tuple[str, int]:
     """The page, and how many failures nothing explains."""
+    controls = controls or {}
     rows, reasons, faults, refusals = [], [], [], []
     for (peer, mode), found in runs.items():
         if mode == "none":
             continue
-        one = verdict(peer.name, mode, runs[peer, "none"], found)
+        one = verdict(peer.name, mode, runs[peer, "none"], found, controls.get((peer, mode)))
         rows.append(
             f"| {peer.name} | {SAID[mode]} | {len(one.tests)} | {len(one.passed)} | {len(one.skipped)} | "
             f"{len(one.explained)} | {len(one.faults)} |"
@@ -94,8 +105,10 @@ INTRODUCTION = (
     "",
     "Made by `make peers`: each library's own tests, from the source archive of the installed version, run on its "
     "models as they are, and again with every model that anypatch can adapt adapted as soon as it is built. A test "
-    "counts where it passes on models as they are and a model of it was adapted. What fails then is explained by a "
-    "size that the test writes out, or is a fault of anypatch. Some tests leave out models above a size of their own; "
+    "counts where it passes on models as they are and a model of it was adapted. What fails then runs once more on "
+    "models that the library itself builds at the sizes of the adapted ones. Failing at the same line there, it is "
+    "explained: the test writes out a size. So it is where a row of `tools/peers/explained.py` says which number the "
+    "test expects. Anything else is a fault of anypatch. Some tests leave out models above a size of their own; "
     "enlarged, a model can come to be one.",
     "",
 )

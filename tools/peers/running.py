@@ -38,6 +38,7 @@ class Peer:
         paths: folders of the archive that the tests import from. None holds the library: what is tested is installed.
         mentions: of a folder of tests, the files that say this are taken: what they build models with.
         plugins: further pytest plugins.
+        factory: whether a function of the library makes its models, so that the control's can be put in their place.
         all_models: whether tests run on every model of the library, of which `choice` takes a few.
     """
 
@@ -48,6 +49,7 @@ class Peer:
     paths: tuple[str, ...] = ()
     mentions: str = ""
     plugins: tuple[str, ...] = ()
+    factory: bool = True
     all_models: bool = False
 
     @property
@@ -59,7 +61,7 @@ PEERS = (
     # Pretrained weights, and what they compute, lie on the hub.
     Peer("timm", "timm", ("tests",), "not _pretrained[ and not test_model_inference", mentions="create_model",
          all_models=True),
-    Peer("transformers", "transformers", ("tools/peers/transformers_models.py",), paths=(".",)),
+    Peer("transformers", "transformers", ("tools/peers/transformers_models.py",), paths=(".",), factory=False),
     Peer("open_clip", "open_clip_torch", ("tests/test_inference.py", "tests/test_training_simple.py"),
          paths=("tests",), plugins=("peers.open_clip_data",), all_models=True),
 )  # fmt: skip
@@ -122,14 +124,24 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def run(peer: Peer, mode: str, select: str = "", chunks: int | None = None, say: Callable[[str], None] = _say) -> Run:
+def run(
+    peer: Peer,
+    mode: str,
+    select: str = "",
+    chunks: int | None = None,
+    say: Callable[[str], None] = _say,
+    control: bool = False,
+) -> Run:
     """The outcome of every test of a peer in one mode, those of an earlier run of the same code among them.
 
-    A test that ends the process has failed, and the others go on without it. Of `chunks` at most so many are run.
+    A test that ends the process has failed, and the others go on without it. Of `chunks` at most so many are run. As a
+    control, what failed runs on models that the library itself builds at the same sizes.
     """
     source = archive(peer)
-    result = result_file(peer, mode, select)
+    result = result_file(peer, mode, select, control)
     command, environment = _call(peer, source, mode, select, result)
+    if control:
+        environment[adapting.FAILED] = str(result_file(peer, mode, select))
     work, log = CACHE / "work", result.with_suffix(".log")
     work.mkdir(exist_ok=True)
     while not read(result).finished and chunks != 0:
@@ -137,10 +149,10 @@ def run(peer: Peer, mode: str, select: str = "", chunks: int | None = None, say:
         with log.open("a") as said:
             subprocess.run(command, cwd=work, env=environment, check=False, stdout=said, stderr=said)
         found = read(result)
-        say(f"{peer.name}, {mode}: {len(found.outcomes)} tests, {len(found.of('failed'))} failed")
+        say(f"{peer.name}, {mode}{', built' * control}: {len(found.outcomes)} tests, {len(found.of('failed'))} failed")
         if not found.finished and len(found.outcomes) == before:
-            if mode != "none" and not read(result_file(peer, "none", select)).finished:
-                break  # as far as the run on models as they are went
+            if control or (mode != "none" and not read(result_file(peer, "none", select)).finished):
+                break  # as far as the run went whose tests these are
             raise SystemExit(f"{peer.name} ({mode}) came to no end, see {log}: {' '.join(command)}")
         chunks = chunks and chunks - 1
     return read(result)
@@ -186,10 +198,10 @@ def _names_file(peer: Peer) -> Path:
     return target
 
 
-def result_file(peer: Peer, mode: str, select: str = "") -> Path:
+def result_file(peer: Peer, mode: str, select: str = "", control: bool = False) -> Path:
     """The file of results, empty but for what it is of, unless it is of the same code already."""
     name = f"{peer.name}-{mode}" + (f"-{hashlib.sha256(select.encode()).hexdigest()[:8]}" if select else "")
-    target = CACHE / f"{name}.jsonl"
+    target = CACHE / f"{name}{'-built' * control}.jsonl"
     head = {"of": [peer.version, "" if mode == "none" else code()]}
     keep = os.environ.get("ANYPATCH_PEERS_KEEP") == "1"
     text = target.read_text() if target.is_file() else ""
