@@ -235,6 +235,11 @@ def test_a_model_that_draws_other_numbers_than_torchs_cannot_be_compared() -> No
         anypatch.check(Ends(lambda t: t * random.random()), 32)
 
 
+def test_a_model_that_fails_as_it_is_is_told_so() -> None:
+    with pytest.raises(anypatch.UnsupportedModelError, match=r"ModuleList fails on pixels \(2, 3, 64, 64\) as it is"):
+        anypatch.check(nn.ModuleList([vit()]), 32)
+
+
 def test_a_refusal_of_the_account_is_a_refusal() -> None:
     model = Decoder(4)
     model.mixer = nn.ConvTranspose2d(48, 3, 20, 16, padding=2)

@@ -132,7 +132,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     example = host(subject).example(inner)
     pixels = torch.randn(example.shape, generator=generator, dtype=torch.float32)
     _blank(pixels, current.patch_size, target, inner.facts.padding)
-    before = _forward(example, subject, inner.part, pixels)
+    before = _present(example, subject, inner.part, pixels)
     pictures = _pictures(inner, example, before)
     plan = plan_for(inner, target, keep="grid", kernel=method, rehearse=False)
     if plan is not None:
@@ -150,6 +150,23 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     if found.error >= TOLERANCE:
         _require_repeatable(after, _forward(example, subject, adapted.part, pixels))
     return found
+
+
+def _present(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor) -> _Run:
+    """What the model returns before it is adapted.
+
+    Raises:
+        UnsupportedModelError: it cannot be fed.
+    """
+    try:
+        return _forward(example, model, part, pixels)
+    except (AnypatchError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fails on pixels {tuple(pixels.shape)} as it is, so there is nothing to compare: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _require_repeatable(first: _Run, second: _Run) -> None:

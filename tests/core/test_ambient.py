@@ -309,6 +309,34 @@ def test_shared_memory_is_kept() -> None:
     assert not any(p.is_shared() for p in vit().parameters())
 
 
+def test_a_flat_buffer_that_is_held_is_said() -> None:
+    def flat(model: nn.Module) -> Tensor:
+        vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+        nn.utils.vector_to_parameters(vector, model.parameters())
+        return vector
+
+    model = vit()
+    held = [flat(model)]
+    with pytest.raises(UnsupportedModelError, match=r"cls_token|weight is a part of a tensor of shape .* then flatten"):
+        anypatch.adapt(model, 32)
+    assert model.patch_embed.proj.weight.untyped_storage().data_ptr() == held[0].untyped_storage().data_ptr()
+    anypatch.adapt(model, 16)
+    held.clear()  # nobody steps or reduces it as a whole
+    anypatch.adapt(model, 32)
+    model(torch.zeros(1, 3, 64, 64))
+
+
+def test_parameters_in_one_memory_stay_in_one() -> None:
+    """Two blocks that share their table by its memory, not as one object."""
+    sizes = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = timm.create_model("beit_base_patch16_224", **sizes)
+    first, second = (block.attn.relative_position_bias_table for block in model.blocks)
+    second.data = first.data
+    anypatch.adapt(model, image_size=96)
+    assert second.data_ptr() == first.data_ptr()
+    assert second.shape == (11**2 + 3, 3)
+
+
 # -- who else holds a parameter ----------------------------------------------------------------------------
 
 

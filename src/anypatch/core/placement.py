@@ -71,6 +71,7 @@ def require_movable(root: nn.Module, touched: list[Touched], part: nn.Module | N
                 )
     if not shared:
         _require_own(root, touched, part)
+        _require_no_flat(root, touched)
 
 
 ADVICE = "adapt the model before offloading it (before device_map, dispatch_model, cpu_offload or disk_offload)"
@@ -111,6 +112,32 @@ def _require_own(root: nn.Module, touched: list[Touched], part: nn.Module | None
         found = _outside(parameters, layers, inside, root, part)
     if found is not None:
         raise UnsupportedModelError(found)
+
+
+def _require_no_flat(root: nn.Module, touched: list[Touched]) -> None:
+    """No larger tensor that somebody holds lies under a parameter that changes: a flat buffer of all of them, which an
+    optimizer steps or a process group reduces, would go on without it."""
+    below = {}
+    for item in touched:
+        if isinstance(item.tensor, nn.Parameter) and not item.tensor.is_meta and not item.tensor.is_quantized:
+            storage = item.tensor.untyped_storage()
+            if storage.nbytes() > item.tensor.numel() * item.tensor.itemsize:
+                below[storage.data_ptr()] = item
+    if not below:
+        return
+    own = {id(parameter) for parameter in root.parameters()}
+    for held in gc.get_objects():
+        if not issubclass(type(held), Tensor) or id(held) in own or held.is_meta or held.layout != torch.strided:
+            continue
+        try:
+            beneath = below.get(held.untyped_storage().data_ptr())
+        except (RuntimeError, NotImplementedError):  # a tensor that wraps another
+            continue
+        if beneath is not None and held.numel() > beneath.tensor.numel():
+            raise UnsupportedModelError(
+                f"{beneath.name} is a part of a tensor of shape {tuple(held.shape)} that is held besides, as flat "
+                f"buffers of parameters are: adapt the model, then flatten its parameters"
+            )
 
 
 def _layers(root: nn.Module, touched: list[Touched]) -> dict[int, tuple[str, nn.Module, type]]:

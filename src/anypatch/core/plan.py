@@ -135,6 +135,7 @@ class _Binder:
         self.changes: list[Change] = []
         self.modules: list[SetModule] = []
         self.parameters: dict[int, SetParameter] = {}
+        self.tied: dict[Any, Tensor] = {}  # new values by the memory of the old: what lies in one place stays there
         self.buffers: list[SetBuffer] = []
         self.attributes: list[SetAttribute] = []
         self.merger = Merger()
@@ -194,6 +195,7 @@ class _Binder:
             if tensor is None or id(tensor) in self.parameters:
                 continue  # taken away, or tied
             role, new = _resampled(edit.case, tensor)
+            new = self.tied.setdefault(_memory(tensor), new)
             if isinstance(tensor, nn.Parameter):
                 self.parameters[id(tensor)] = SetParameter(tensor, new, role)
             elif edit.name in live._buffers:
@@ -269,6 +271,13 @@ class _Binder:
                 new = self.merger.substitute(value)
                 if new is not value:
                     self.attributes.append(SetAttribute(module, name, new))
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Where a tensor's values lie, and how; itself where they lie nowhere."""
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _resampled(case: Case, tensor: Tensor) -> tuple[Role, Tensor]:

@@ -256,7 +256,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     "use", [lambda s, t: t.mean(1), lambda s, t: t[:, : s.odd], lambda s, t: t.sum() if t.sum() > s.odd else t.mean()]
 )
 def test_numbers_that_happen_to_be_sizes_are_no_obstacle(use: Any) -> None:
-    model = Around(vit(), use, odd=16, layers=4, queue=torch.zeros(50, 48), names=["a"] * 16)
+    model = Around(vit(), use, odd=16, layers=4, queue=torch.zeros(50, 48), names=["a"] * 16, lut=list(range(16)))
     anypatch.adapt(model, image_size=96)
     assert (model.odd, model.layers) == (16, 4)
 

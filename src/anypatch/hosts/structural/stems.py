@@ -41,8 +41,8 @@ def stem_of(model: nn.Module) -> str:
     padding = conv.padding if isinstance(conv.padding, str) else any(conv.padding)
     if conv.kernel_size != conv.stride or padding not in (False, "valid"):
         raise UnsupportedModelError(
-            f"{path}, the first convolution, has kernel {show(conv.kernel_size)}, stride {show(conv.stride)} and "
-            f"padding {conv.padding}: the stem is not one linear map per patch"
+            f"{path or type(conv).__name__}, the first convolution, has kernel {show(conv.kernel_size)}, stride "
+            f"{show(conv.stride)} and padding {conv.padding}: the stem is not one linear map per patch"
         )
     if set(conv.dilation) != {1} or conv.groups != 1:
         raise UnsupportedModelError(f"{path} is dilated or grouped: the stem is not one linear map per patch")
@@ -134,6 +134,6 @@ def require_vit(model: nn.Module, stem: str, tables: tuple[Table, ...]) -> None:
         if EMBEDDING.search(type(module).__name__) or "patch_size" in vars(module):
             return
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no patch embedding that anypatch can find: {stem} cuts the image into patches, "
-        f"but neither positions nor attention follow"
+        f"{type(model).__name__} has no patch embedding that anypatch can find: {stem or 'it'} cuts the image into "
+        f"patches, but neither positions nor attention follow"
     )

@@ -2,7 +2,8 @@
 
 A module of the user's that holds the model, a second stem beside the first, a head that brings tokens back to pixels,
 a replaced layer: each is followed by the same names and shapes as in hand-made models, or refused by name. What has no
-name and no shape that tells (a number inside a function's code) cannot be seen here; ``anypatch.check`` runs the model.
+name and no shape that tells (a number inside a function's code) cannot be seen here: ``rehearsing.py`` looks whether
+the model would still run.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Surroundings:
             full = f"{extra.path}.{where}" if extra.path else where
             if isinstance(item, Tensor):
                 self._require_independent(full, leaf, item)
-            elif numbers_tokens(item, self.counts):
+            elif numbers_tokens(leaf, item, self.counts):
                 raise _refusal(full, f"is an order of the tokens ({len(item)})")
 
     def require_no_hook(self, root: nn.Module) -> None:

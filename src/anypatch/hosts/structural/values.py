@@ -27,6 +27,7 @@ OTHER = re.compile(
 )
 
 AXIS = re.compile(r"(^|_)(x|y|h|w|xs|ys|rows?|cols?|columns?|coords?|grid|axis|pos(itions?)?)(_|$)", re.I)
+ORDER = re.compile(r"order|perm|tok|patch|ids?$|idx|ind(ex|ices)|keep|pos", re.I)
 LISTED = 16  # sizes that one tensor may list: levels of a pyramid, at most
 
 
@@ -145,13 +146,17 @@ def _container(value: Any, changed: dict[str, Any]) -> Any:
     return type(value)(parts)
 
 
-def numbers_tokens(value: Any, counts: set[int]) -> bool:
-    """Whether a sequence or an array is an order of the tokens: every number below their count once."""
+def numbers_tokens(name: str, value: Any, counts: set[int]) -> bool:
+    """Whether a sequence or an array is an order of the tokens: every number below their count once.
+
+    The numbers as they follow one another (a look-up table of 256 grey values) are one only by their name.
+    """
     if is_array(value):
         value = value.tolist() if getattr(value, "ndim", 0) == 1 and len(value) <= MANY else None
-    if not isinstance(value, (list, tuple)) or len(value) not in counts:
+    if not isinstance(value, (list, tuple)) or len(value) not in counts or any(type(v) is not int for v in value):
         return False
-    return all(type(v) is int for v in value) and sorted(value) == list(range(len(value)))
+    in_order = list(range(len(value)))
+    return sorted(value) == in_order and (list(value) != in_order or ORDER.search(name) is not None)
 
 
 def _as_plain(value: Any) -> Any:
