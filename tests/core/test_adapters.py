@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "VBLORA": {"vector_length": 4, "num_vectors": 8, "topk": 2, "r": 2}, "WAVEFT": {"n_frequency": 10},
     "IA3": {"feedforward_modules": []}, "GRALORA": {"r": 4, "gralora_k": 2}, "POLY": {"n_tasks": 1, "n_skills": 2},
     "UNILORA": {"theta_d_length": 32}, "ADAMSS": {"num_subspaces": 2, "subspace_rank": 1}, "ROAD": {"group_size": 4},
-    "TRAINABLE_TOKENS": {"token_indices": [0, 1]},
+    "TRAINABLE_TOKENS": {"token_indices": [0, 1]}, "MISS": {"r": 2}, "SHIRA": {"r": 2},
 }  # fmt: skip
 LORAS = [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
 CASES = [(name, {}) for name in sorted(REGISTRY.keys() - OF_TEXT)] + [("LORA", options) for options in LORAS]
@@ -87,6 +87,9 @@ def enlarge(x: Tensor, old: int, new: int) -> Tensor:
 
 def features(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
+        if model.peft_config["default"].peft_type.value == "POLY":  # is told a task with every call
+            out = model(x, task_ids=torch.zeros(len(x), dtype=torch.long))
+            return out if isinstance(out, Tensor) else out.last_hidden_state
         inner = model.get_base_model()
         return inner.forward_features(x) if hasattr(inner, "forward_features") else model(x).last_hidden_state
 
