@@ -1,15 +1,39 @@
-"""What tests of several rooms build: pictures with squares of a class's own colour, CLIP under other names."""
+"""What tests of several rooms build: small ViTs, pictures with squares of a class's own colour, CLIP by other names."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 COLOURS = {"blue": (40, 60, 230), "green": (40, 200, 60), "red": (220, 40, 40)}
+
+
+def vit(**options: Any) -> Any:
+    """timm's ViT at patch 8 and image 32, without a classifier: the same weights every time, as timm makes them."""
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
+
+
+def random_vit(**options: Any) -> Any:
+    """The same class with a classifier, every parameter random: norms, biases and scales show, too."""
+    import timm
+
+    from anypatch.proof import randomise
+
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2, "num_classes": 5}
+    model = timm.models.VisionTransformer(**{**sizes, **options}).eval()
+    with torch.no_grad():
+        randomise(model, torch.Generator().manual_seed(1))
+    return model
 
 
 def picture(colour: tuple[int, int, int], seed: int, height: int = 44, width: int = 60) -> NDArray[np.uint8]:

@@ -9,23 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 import transformers
 from torch import nn
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
-from anypatch.proof import randomise
-
-
-def vit() -> Any:
-    model = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, depth=2, num_heads=2, embed_dim=16, num_classes=5
-    ).eval()
-    with torch.no_grad():
-        randomise(model, torch.Generator().manual_seed(1))
-    return model
+from builders import random_vit as vit
 
 
 def test_every_patch_size_equals_an_adapted_copy() -> None:

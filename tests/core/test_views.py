@@ -20,6 +20,7 @@ from anypatch import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.adaptation import describe, host
 from anypatch.inspection import inspect
 from anypatch.proof import randomise, tensors
+from builders import random_vit as vit
 from families import LIBRARIES, Family, families
 
 FAST = {
@@ -41,14 +42,6 @@ def model_of(family: Family) -> nn.Module:
     model = family.build().eval()
     with torch.no_grad():
         randomise(model, torch.Generator().manual_seed(0))
-    return model
-
-
-def vit(**options: Any) -> Any:
-    arguments = {"img_size": 32, "patch_size": 8, "depth": 2, "num_heads": 2, "embed_dim": 16, "num_classes": 5}
-    model = timm.models.VisionTransformer(**{**arguments, **options}).eval()
-    with torch.no_grad():
-        randomise(model, torch.Generator().manual_seed(1))
     return model
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import anypatch
+import builders
 from anypatch.measure import cost
 from anypatch.measure.cache import Cache, Expected
 from anypatch.measure.extraction import Extractor
@@ -29,9 +30,7 @@ from builders import write
 
 
 def vit(**options) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
-    model = timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
+    model = builders.vit(**options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model

@@ -30,7 +30,7 @@ from anypatch.measure.opening import unlabelled
 from anypatch.measure.preprocess import preprocess_of
 from anypatch.report import measurements
 from anypatch.report.colours import shared_colours
-from builders import COLOURS, image_folder, split_folder, write
+from builders import COLOURS, image_folder, split_folder, vit, write
 
 SIZES = [4, 8, 16]
 
@@ -39,13 +39,6 @@ SIZES = [4, 8, 16]
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYPATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr("anypatch.measure.cost.ENOUGH", 0.0)  # seconds of timing
-
-
-def vit(**options) -> nn.Module:
-    """A small timm ViT: patch 8, image 32."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
 
 
 def sweep(model, sizes=SIZES, **options):

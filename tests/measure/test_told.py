@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
 import anypatch
+import builders
 from anypatch.adaptation import describe
 from anypatch.errors import AnypatchError, GeometryError
 from anypatch.measure import cost
@@ -31,9 +31,7 @@ def _timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def vit(**options) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"img_size": 56, "patch_size": 14, "depth": 1, "embed_dim": 24, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
+    return builders.vit(**{"img_size": 56, "patch_size": 14, "depth": 1, **options})
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -21,7 +19,7 @@ from anypatch.measure.view import save_view, view
 from anypatch.report import svg as html
 from anypatch.report.measurements import Sample
 from browser import Page, find_browser
-from builders import picture, write
+from builders import picture, vit, write
 
 NAUGHTY = "<script>alert(1)<img src=x onerror=alert(2)>\" ' & ü.png"
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium: apt-get install chromium")
@@ -236,9 +234,7 @@ def test_everything_is_reached_by_tab(report: Path) -> None:
 
 
 def small() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
-    return timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    return vit(depth=1, num_classes=1000)
 
 
 def test_view(tmp_path: Path) -> None:
