@@ -62,6 +62,13 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.relative_to(DOCS)} links to {target}"
 
 
+def test_a_table_ends_with_an_empty_line():
+    """What follows without one is drawn as its last row."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")):
+        found = re.search(r"^\|.*\n(?![|\n]).+$", page.read_text(), re.M)
+        assert found is None, f"{page.name}: {found and found[0]}"
+
+
 def test_notebooks_were_executed_and_did_not_fail():
     for path in (DOCS / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
