@@ -7,6 +7,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,12 @@ class HandMade(nn.Module):
 
 def hand_made() -> Any:
     return randomised(HandMade())
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -356,9 +364,7 @@ def _work(rank: int, port: int, photos: Path, results: Any) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     context = torch.multiprocessing.get_context("fork")
     results = context.Queue()
     workers = [context.Process(target=_work, args=(rank, port, photos, results)) for rank in range(2)]
@@ -375,6 +381,30 @@ def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
             assert two[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(photos: Path, tmp_path: Path) -> None:
+    """``accelerate launch -m anypatch tune`` starts two processes, on the CPU as they are told, against one in here."""
+    source = tmp_path / "source"
+    anypatch.save(dinov2(), source)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
+        "-m", "anypatch", "tune", str(source), "--images", str(photos), "--patch-size", "8", "--steps", "4",
+        "--learning-rate", "1e-3", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--quiet",
+        "--output", str(tmp_path / "two"),
+    ]  # fmt: skip
+    around = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=around)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((tmp_path / "two" / "tune.json").read_text())
+    assert two["settings"]["processes"] == 2
+    one = anypatch.tune(str(source), images=photos, patch_size=8, steps=4, learning_rate=1e-3, **OPTIONS)
+    for name, value in one.rows[0].items():
+        assert two["rows"][0][name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
+    assert one.rows[0]["fidelity_after"] > one.rows[0]["fidelity_before"]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
@@ -433,6 +463,18 @@ def test_models_without_features(photos: Path) -> None:
 
     with pytest.raises(UnsupportedModelError, match="no forward_features"):
         anypatch.tune(Bare(), images=photos, patch_size=8, steps=1, **OPTIONS)
+
+
+def test_a_model_that_wants_more_than_pixels_is_refused_by_name(photos: Path) -> None:
+    class Packed(HandMade):
+        def forward_features(self, pixels: Tensor) -> Tensor:
+            return super().forward_features(pixels) @ torch.ones(7)  # as one whose forward wants patches and a mask
+
+    model = randomised(Packed())
+    before = weights(model)
+    with pytest.raises(UnsupportedModelError, match="features of Packed cannot be read from images alone"):
+        anypatch.tune(model, images=photos, patch_size=8, steps=1, **OPTIONS)
+    assert same(before, weights(model))
 
 
 def test_output_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:
@@ -539,8 +581,32 @@ def test_result_and_report(photos: Path, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+    assert page.count('<figure class="tuned">') == 4  # as many held-out images, each natively, before and after
+    assert page.count('alt="Patch features of ') == 4 * 3
+    assert "accuracy_after" not in said["rows"][0]
     assert len(result.to_pandas()) == 1
     assert result.plot().axes[0].get_xlabel() == "steps"
+
+
+def test_class_folders_give_accuracy_before_and_after(tmp_path: Path) -> None:
+    """Red and blue images, which any features tell apart; one folder of images of both, where they cannot be told."""
+    random = np.random.default_rng(0)
+    for number in range(24):
+        colour = random.integers(100, 255, (4, 4, 3)) * [[[1, 0, 0]], [[0, 0, 1]]][number % 2]
+        for place, owner in (("apart", "red" if number % 2 == 0 else "blue"), ("mixed", f"{number // 12}")):
+            folder = tmp_path / place / owner
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(colour.astype(np.uint8)).resize((40, 40)).save(folder / f"{number:02}.png")
+    options = {**OPTIONS, "patch_size": 8, "steps": 1, "learning_rate": 1e-5}
+    apart = anypatch.tune(vit(), images=tmp_path / "apart", output=tmp_path / "out", **options)
+    assert (apart.rows[0]["accuracy_before"], apart.rows[0]["accuracy_after"]) == (1.0, 1.0)
+    assert apart.settings["native_accuracy"] == 1.0
+    assert (
+        "accuracy, after"
+        in (tmp_path / "out" / "tune.csv").read_text() + (tmp_path / "out" / "report.html").read_text()
+    )
+    mixed = anypatch.tune(vit(), images=tmp_path / "mixed", **options)
+    assert mixed.rows[0]["accuracy_before"] < 1
 
 
 def test_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ def split(images: Any, seed: int) -> Split:
         everything = images
     else:
         root = existing(Path(images))
-        everything = image_files(root.name, root, images_under(root))
+        everything = _opened(root)
     failed = unreadable(everything)
     notes = left_out(everything, failed)
     usable = everything.subset([i for i in range(len(everything)) if i not in failed])
@@ -51,6 +52,17 @@ def split(images: Any, seed: int) -> Split:
     held = min(max(round(len(usable) * HELD_OUT), 4), MOST_HELD_OUT)
     order = np.random.default_rng([seed, 3]).permutation(len(usable))
     return Split(usable.subset(sorted(order[held:].tolist())), usable.subset(sorted(order[:held].tolist())), notes)
+
+
+def _opened(root: Path) -> ImageSet:
+    """The images of a folder; with labels where each lies in one of several folders, each with several images."""
+    paths = images_under(root)
+    owners = [path.relative_to(root).parts for path in paths]
+    counts = Counter(parts[0] for parts in owners)
+    if any(len(parts) == 1 for parts in owners) or len(counts) < 2 or min(counts.values()) < 2:
+        return image_files(root.name, root, paths)
+    classes = sorted(counts)
+    return image_files(root.name, root, paths, [classes.index(parts[0]) for parts in owners], classes)
 
 
 def held_out_pixels(

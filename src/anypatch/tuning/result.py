@@ -13,8 +13,9 @@ from torch import nn
 
 from anypatch.errors import AnypatchError
 from anypatch.files.atomic import replacing_file
+from anypatch.report.measurements import Sample
 from anypatch.report.svg import Point, curve
-from anypatch.report.templating import render
+from anypatch.report.templating import picture_data, render
 from anypatch.tuning.checkpoint import Curve
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ TITLES = {
     "patch_fidelity_before": "patch fidelity, before",
     "patch_fidelity_after": "patch fidelity, after",
 }
+LABELLED = {"accuracy_before": "accuracy, before", "accuracy_after": "accuracy, after"}  # where there are class folders
+PHOTO = 320  # pixels of a photograph's longer side in the report
 
 
 @dataclass
@@ -51,10 +54,12 @@ class TuneResult:
         model: the tuned model, the one that was given; with one patch size adapted to it, with several at its native
             geometry.
         rows: one per patch size: the mean cosine to the native model's features on held-out images, of the pooled
-            feature (``fidelity``) and of the patch map (``patch_fidelity``), before and after.
+            feature (``fidelity``) and of the patch map (``patch_fidelity``), before and after; where the images lie in
+            class folders, the accuracy of the nearest neighbours' class on held-out images as well.
         curve: pairs of a step and the held-out fidelity by patch size.
         settings: how it was made.
         notes: what the user should know: skipped images, nothing gained.
+        samples: held-out images for the report, with their patch features natively, before and after, as colours.
     """
 
     model: nn.Module
@@ -62,6 +67,12 @@ class TuneResult:
     curve: Curve = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list, repr=False)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The columns of the rows, and how they are headed."""
+        return {**TITLES, **(LABELLED if any("accuracy_after" in row for row in self.rows) else {})}
 
     @property
     def gained(self) -> bool:
@@ -83,7 +94,7 @@ class TuneResult:
     def to_csv(self) -> str:
         """What ``tune.csv`` holds."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(TITLES), lineterminator="\n")
+        writer = csv.DictWriter(text, list(self.titles), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         return text.getvalue()
@@ -114,8 +125,9 @@ class TuneResult:
         ]
         page = render(
             "tuning.html",
-            names=list(TITLES.values()),
-            rows=[[_shown(row[name]) for name in TITLES] for row in self.rows],
+            names=list(self.titles.values()),
+            rows=[[_shown(row[name]) for name in self.titles] for row in self.rows],
+            samples=[self._pictures(sample) for sample in self.samples],
             chart=curve(points, "steps", "held-out fidelity", self.says) if points else "",
             says=self.says,
             settings={k: v for k, v in self.settings.items() if v is not None},
@@ -135,6 +147,16 @@ class TuneResult:
         self.to_html(target / "report.html")
         return target
 
+    def _pictures(self, sample: Sample) -> dict[str, Any]:
+        """For the report's page: the photograph, the native map, and the maps before and after at each patch size."""
+        heads = [f"patch {self.settings['native_patch_size']}, native"]
+        heads += [f"patch {row['patch_size']}, {when}" for when in ("before", "after") for row in self.rows]
+        return {
+            "name": sample.name,
+            "photo": picture_data(sample.image, PHOTO, photo=True),
+            "maps": [(head, picture_data(colours)) for head, colours in zip(heads, sample.maps, strict=True)],
+        }
+
     @property
     def says(self) -> str:
         """The result in a sentence."""
@@ -149,14 +171,16 @@ class TuneResult:
 
     def card(self) -> str:
         """How the model was made, in Markdown, for the folder that it is saved in."""
-        lines = [CARD, "", self.says, "", "| " + " | ".join(TITLES.values()) + " |"]
-        lines += ["|" + "---|" * len(TITLES)]
-        lines += ["| " + " | ".join(_shown(row[name]) for name in TITLES) + " |" for row in self.rows]
+        lines = [CARD, "", self.says, "", "| " + " | ".join(self.titles.values()) + " |"]
+        lines += ["|" + "---|" * len(self.titles)]
+        lines += ["| " + " | ".join(_shown(row[name]) for name in self.titles) + " |" for row in self.rows]
         facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in self.settings.items() if value is not None]
         how = (
             "Distilled without labels from the model itself at its native geometry: cosine of pooled features and "
-            "patch maps, and the divergence of the logits where there is a classifier. Fidelity is measured on images "
-            "that were held out of training; the best weights were chosen on them."
+            "patch maps, of tokens between blocks where they can be read, and the divergence of the logits where there "
+            "is a classifier. Fidelity is measured on images that were held out of training; the best weights were "
+            "chosen on them, none worse than the start in the pooled feature or the patch map of any patch size but "
+            "the native one."
         )
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join([*lines, "", how, "", *facts, *notes, ""])

@@ -26,17 +26,21 @@ from anypatch.hosts.images import Preprocess
 from anypatch.measure.loading import load_model
 from anypatch.measure.preprocess import preprocess_of
 from anypatch.measure.processes import Team, decoding_workers
+from anypatch.report.colours import shared_colours
+from anypatch.report.measurements import Sample
 from anypatch.report.progress import Progress, shown_progress
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.checkpoint import Checkpoint, State
 from anypatch.tuning.data import Feed, Split, held_out_pixels, left_out, split
 from anypatch.tuning.distance import Fidelity, face
+from anypatch.tuning.labels import accuracy, missing
 from anypatch.tuning.pool import Pool
 from anypatch.tuning.result import CARD, TuneResult
 from anypatch.tuning.training import Pair, Trainer, digest
 from anypatch.tuning.weights import kept
 
+SHOWN = 4  # held-out images in the report, as many as a sweep's
 PROBE = ".anypatch-tune"  # written and removed at once, to see that a folder can be written
 
 
@@ -174,6 +178,7 @@ class Run:
         key = {**self.asked.key(), "images": self.opened.train.fingerprint(), "weights": digest(pair.student)}
         output = None if self.asked.output is None else Path(self.asked.output)
         checkpoint = Checkpoint(output, key)
+        maps, accuracies = pair.maps(SHOWN), self._accuracies(pair)
         state = self._state(trainer, checkpoint)
         trainer.run(state, checkpoint)
         failures = {number: why for found in self.team.gather(feed.failures) for number, why in found.items()}
@@ -181,10 +186,36 @@ class Run:
         before, after, share = trainer.choose(start, state.average)
         if not share:
             self.notes.append("nothing was gained on held-out images: the weights are those of the start")
-        self._give(merged(pair.student))
-        settings = self._settings(state, share)
+        samples = self._samples(pair, [*maps, *pair.maps(SHOWN)[1:]])
         rows = [self._row(patch, before[patch], after[patch]) for patch in self.targets]
-        return TuneResult(self.user, rows, state.curve, settings, self.notes)
+        for row, was, now in zip(rows, accuracies[1:], self._accuracies(pair)[1:], strict=False):
+            row |= {"accuracy_before": was, "accuracy_after": now}
+        settings = self._settings(state, share) | {"native_accuracy": accuracies[0] if accuracies else None}
+        self._give(merged(pair.student))
+        return TuneResult(self.user, rows, state.curve, settings, self.notes, samples)
+
+    def _accuracies(self, pair: Pair) -> list[float]:
+        """The teacher's accuracy and each face's as it is now; nothing where there are no labels."""
+        why = missing(self.opened)
+        if why is not None:
+            self.notes += [why] if why and why not in self.notes else []
+            return []
+
+        def measured() -> list[float]:
+            return [
+                accuracy(f, self.opened, self.asked.batch_size, self.workers)
+                for f in (pair.teacher, *pair.faces.values())
+            ]
+
+        return self.team.lead(measured)
+
+    def _samples(self, pair: Pair, maps: list[list[torch.Tensor]]) -> list[Sample]:
+        """Held-out images for the report, each with its maps in colours that all share."""
+        pixels = pair.held_out[pair.teacher.image_size][0][:SHOWN].permute(0, 2, 3, 1)
+        seen = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        colours = shared_colours(maps)
+        names = self.opened.held_out.keys
+        return [Sample(names[i], image.numpy(), [row[i] for row in colours]) for i, image in enumerate(seen)]
 
     def _pair(self) -> Pair:
         """The teacher, and a student of its own weights, both on this process's device."""

@@ -102,6 +102,13 @@ class Pair:
             found = face.inside(crops) if self.inside else Said(face(crops))
         return distances(found, batch.said.moved(self.device)).loss
 
+    @torch.no_grad()
+    def maps(self, count: int) -> list[list[Tensor]]:
+        """Patch features (h, w, c) of the first held-out images, for the report: the teacher's, then each face's."""
+        with self.cast():
+            found = [face(self.held_out[face.image_size][0][:count]) for face in (self.teacher, *self.faces.values())]
+        return [list(features.patches.float().cpu()) for features in found]
+
     def look(self) -> dict[Size, Fidelity]:
         """The student's fidelity on the held-out images at every patch size."""
         with self.cast():
