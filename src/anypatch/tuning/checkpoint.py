@@ -115,10 +115,13 @@ class Checkpoint:
                 tensors,
                 dict(said["scaler"]),
             )
-            same = all(tensors[f"weights/{n}"].shape == p.shape for n, p in trained(model).items())
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            same = all(_fits(n, p, tensors, average) for n, p in trained(model).items())
+            differs = [name for name, value in self.key.items() if said["key"].get(name) != value]
+        except (
+            *(SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError),
+            *(OverflowError, RecursionError, RuntimeError),
+        ) as error:
             raise CheckpointError(f"{self.folder / FILE} is damaged: {type(error).__name__}: {error}") from error
-        differs = [name for name, value in self.key.items() if said["key"].get(name) != value]
         if differs or not same:
             raise CheckpointError(
                 f"{self.folder / FILE} is of another run ({', '.join(differs) or 'weights'}): start without resume"
@@ -129,3 +132,10 @@ class Checkpoint:
         """The run is over."""
         if self.folder is not None:
             (self.folder / FILE).unlink(missing_ok=True)
+
+
+def _fits(name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> bool:
+    """Whether all that is said of a parameter has its shape: its values, their average, the optimizer's moments."""
+    held = [tensors[f"weights/{name}"], average[name]]
+    held += [tensors[f"{m}/{name}"] for m in MOMENTS if m != "step" and f"{m}/{name}" in tensors]
+    return all(tensor.shape == parameter.shape for tensor in held)
