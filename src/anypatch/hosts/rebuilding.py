@@ -74,7 +74,7 @@ def _other_constant(live: nn.Module, built: nn.Module) -> str | None:
     own = dict(live.named_modules(remove_duplicate=False))
     for path, layer in built.named_modules():
         mine = own.get(path)
-        if type(mine) is not type(layer) or _nothing(layer):
+        if mine is None or type(mine) is not type(layer) or _nothing(layer):
             continue
         for name in sorted({*CONSTANTS, *getattr(type(layer), "__constants__", ())} - IDLE_CONSTANTS):
             before, after = getattr(mine, name, None), getattr(layer, name, None)
