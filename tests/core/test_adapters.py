@@ -88,7 +88,7 @@ def enlarge(x: Tensor, old: int, new: int) -> Tensor:
 def features(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         if model.peft_config["default"].peft_type.value == "POLY":  # is told a task with every call
-            out = model(x, task_ids=torch.zeros(len(x), dtype=torch.long))
+            out = model.base_model(x, task_ids=torch.zeros(len(x), dtype=torch.long))
             return out if isinstance(out, Tensor) else out.last_hidden_state
         inner = model.get_base_model()
         return inner.forward_features(x) if hasattr(inner, "forward_features") else model(x).last_hidden_state
