@@ -97,6 +97,7 @@ def test_the_page_counts_and_names() -> None:
     assert "1 test: expects a grid of 7" in text
     assert f"timm {metadata.version('timm')}" in text
     assert "run on an earlier state of anypatch's code" in text
+    assert page.PART in text
 
 
 def test_a_cut_file_of_results_is_read_to_where_it_goes(tmp_path: Path) -> None:

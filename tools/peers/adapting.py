@@ -144,6 +144,8 @@ def built_by_the_library(model: Any) -> Any:
     import anypatch
     from anypatch.adaptation import describe
 
+    if getattr(_state, "busy", False):  # this is the model that is being built
+        return model
     with as_it_is():
         try:
             subject = describe(model)

@@ -40,6 +40,10 @@ class Verdict:
     unrun: set[str] = field(default_factory=set)
 
 
+PART = (
+    "**This is a part.** The runs were cut short; what has run is a sample in random order, and what has not is counted "
+    "[below](#what-was-not-run). `make peers` goes on from here."
+)
 BUILT = "a model that the library itself builds at these sizes fails it at the same line"
 
 
@@ -92,6 +96,7 @@ def document(runs: dict[tuple[Peer, str], Run], controls: dict[tuple[Peer, str],
         *rows,
         "",
         f"Versions: {', '.join(peer.version for peer in _peers(runs))}.",
+        *(() if all(found.finished for found in runs.values()) else ("", PART)),
         *_section("What fails because of a size that the test writes out", reasons),
         *_section("What fails and nothing explains", faults or ["Nothing."]),
         *_section("What was not run", list(_not_run(runs))),
