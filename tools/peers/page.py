@@ -41,7 +41,7 @@ class Verdict:
 
 
 PART = (
-    "**This is a part.** The runs were cut short; what has run is a sample in random order, and what has not is counted "
+    "**This is a part.** The runs were cut short; what has run is a sample in random order; what has not is counted "
     "[below](#what-was-not-run). `make peers` goes on from here."
 )
 BUILT = "a model that the library itself builds at these sizes fails it at the same line"
