@@ -185,7 +185,7 @@ def _untied(model: nn.Module) -> dict[str, Tensor] | None:
         getattr(model, "_tied_weights_keys", None) or ()
     )
     state = plain_state(model, f"transformers' {type(model).__name__}")
-    seen: dict[tuple[int, int, Any], str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
     shared = set()
     for name, tensor in state.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
