@@ -101,7 +101,7 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in seen.items() if isinstance(v, torch.Tensor)}
 
 
-def _adapt_on_construction(model_class: type) -> None:
+def _adapt_on_construction(model_class: Any) -> None:
     """Wrap the constructor of a model class: the outermost model of that very class is adapted."""
     if getattr(model_class, "_anypatch_peers", False):
         return
@@ -115,8 +115,8 @@ def _adapt_on_construction(model_class: type) -> None:
             if self.config is not config:  # a saved and loaded configuration is at the new geometry already
                 self.config._anypatch_adapted = True
 
-    model_class.__init__ = init  # type: ignore[misc]
-    model_class._anypatch_peers = True  # type: ignore[attr-defined]
+    model_class.__init__ = init
+    model_class._anypatch_peers = True
 
 
 def _case(family: Any, common: Any) -> type:
