@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from anypatch.core.geometry import show
+from anypatch.core.pixelwise import is_pixelwise, moves_pixels
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import ancestors
 from anypatch.hosts.structural.following import ints
@@ -48,6 +49,8 @@ def stem_of(model: nn.Module) -> str:
         raise UnsupportedModelError(f"{path} is dilated or grouped: the stem is not one linear map per patch")
     for ancestor in ancestors(path)[:-1]:
         module = model.get_submodule(ancestor)
+        if [m for m in module.modules() if isinstance(m, CONVOLUTIONS)] == [conv] and not is_pixelwise(module, conv):
+            raise UnsupportedModelError(moves_pixels(ancestor, module))
         named = EMBEDDING.search(ancestor.rpartition(".")[2]) or EMBEDDING.search(type(module).__name__)
         inside = [p for p in spatial if p.startswith(f"{ancestor}.")]
         if named and len(inside) > 1 and _is_embedding(module) and not _parallel([spatial[p] for p in inside]):

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from anypatch.core.adapters import innermost
+from anypatch.core.adapters import beneath, innermost
 from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.pixelwise import is_pixelwise, moves_pixels
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import class_tokens, comes_from, pair
 from anypatch.hosts.timm.facts import row
@@ -67,6 +68,9 @@ def stem_of(model: Any) -> Stem:
         if size is None:
             raise UnsupportedModelError(f"{path} of {title_of(model)} is a linear layer whose patch size is not known")
         return Stem(_geometry(model, pair(size), pair(size), path), (path,), whole=known.whole)
+    outer = core.get_submodule(path)
+    if not comes_from(outer, NAME) and not is_pixelwise(beneath(outer), projection):
+        raise UnsupportedModelError(moves_pixels(path, outer))
     geometry = _geometry(model, tuple(projection.stride), tuple(projection.kernel_size), path)
     if known.overlapping:
         return Stem(replace(geometry, explicit_grid=tuple(core.patch_embed.grid_size)), (path,))
