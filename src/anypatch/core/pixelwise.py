@@ -53,7 +53,8 @@ def moves_pixels(path: str, outer: nn.Module) -> str:
 def _is_alone(trial: nn.Module, pixels: Tensor, place: list[int]) -> bool:
     """Whether another pixel at one place is seen as another at that place, and nowhere else."""
     other = pixels.clone()
-    other[(slice(None), slice(None), *place)] += 1
+    index: tuple[Any, ...] = (slice(None), slice(None), *place)
+    other[index] += 1
     before, after = (_seen(trial, given) for given in (pixels, other))
     if before is None or after is None:
         return True
