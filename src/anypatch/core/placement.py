@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,26 +119,33 @@ def _require_no_flat(root: nn.Module, touched: list[Touched]) -> None:
     """No larger tensor that somebody holds lies under a parameter that changes: a flat buffer of all of them, which an
     optimizer steps or a process group reduces, would go on without it."""
     below = {}
+    here = Counter(address for p in root.parameters() if (address := _address(p)))
     for item in touched:
         if isinstance(item.tensor, nn.Parameter) and not item.tensor.is_meta and not item.tensor.is_quantized:
             storage = item.tensor.untyped_storage()
-            if storage.nbytes() > item.tensor.numel() * item.tensor.itemsize:
-                below[storage.data_ptr()] = item
+            # of one parameter alone, it is what that was read from: a table of which a model takes a part
+            if storage.nbytes() > item.tensor.numel() * item.tensor.itemsize and here[_address(item.tensor)] > 1:
+                below[_address(item.tensor)] = item
     if not below:
         return
     own = {id(parameter) for parameter in root.parameters()}
     for held in gc.get_objects():
         if not issubclass(type(held), Tensor) or id(held) in own or held.is_meta or held.layout != torch.strided:
             continue
-        try:
-            beneath = below.get(held.untyped_storage().data_ptr())
-        except (RuntimeError, NotImplementedError):  # a tensor that wraps another
-            continue
+        beneath = below.get(_address(held))
         if beneath is not None and held.numel() > beneath.tensor.numel():
             raise UnsupportedModelError(
                 f"{beneath.name} is a part of a tensor of shape {tuple(held.shape)} that is held besides, as flat "
                 f"buffers of parameters are: adapt the model, then flatten its parameters"
             )
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor's memory; 0 where it has none of its own, as tensors that wrap others."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def _layers(root: nn.Module, touched: list[Touched]) -> dict[int, tuple[str, nn.Module, type]]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from anypatch.core.ambient import undisturbed
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.core.kernels import as_method
@@ -60,11 +61,11 @@ def refuses(vision: Vision, fact: str, geometry: Geometry, current: Geometry) ->
 
 def _runs(vision: Vision, geometry: Geometry, current: Geometry) -> bool:
     try:
-        twin = empty(lambda: build_unchecked(vision, geometry, current)).to("meta").eval()
-        found = subject(twin)
-        fed = example(found)
-        with torch.no_grad(), torch.device("meta"):
-            fed.call(twin, torch.zeros(fed.shape))
+        with undisturbed(), torch.no_grad():  # also by the modes of a twin that is being built
+            twin = empty(lambda: build_unchecked(vision, geometry, current)).to("meta").eval()
+            fed = example(subject(twin))
+            with torch.device("meta"):
+                fed.call(twin, torch.zeros(fed.shape))
     except AnypatchError:
         return True  # the constructor has its own say
     except Exception:
