@@ -535,7 +535,7 @@ def test_permissions_are_kept(vit: Path, tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("failing", [True, False])
+@pytest.mark.parametrize("failing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_copying_without_help_of_the_system(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool
 ) -> None:

@@ -62,7 +62,7 @@ def _holding(*buffers: torch.Tensor) -> nn.Module:
         lambda: _holding(torch.zeros(1 << 20)[:, None] * torch.zeros(1 << 20)),
         lambda: torch.zeros(1).expand(1 << 40).contiguous(),
         lambda: torch.zeros(2).repeat(1 << 40),
-        lambda: _holding(*(torch.arange(1 << 28) for _ in range(100))),
+        pytest.param(lambda: _holding(*(torch.arange(1 << 28) for _ in range(100))), marks=pytest.mark.slow),
     ],
 )
 def test_whatever_asks_for_it(build: object) -> None:

@@ -435,6 +435,7 @@ def test_other_families(tmp_path: Path, name: str) -> None:
     _same(model, reference)
 
 
+@pytest.mark.slow
 def test_torchvision(tmp_path: Path) -> None:
     torchvision = pytest.importorskip("torchvision")
     reference = torchvision.models.vit_b_32(image_size=64, num_classes=3)

@@ -360,7 +360,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[f
     return root / "images", root / "cache", fidelities(vit(), root / "images", root / "cache")
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "damage", [DAMAGE[0], *(pytest.param(d, marks=pytest.mark.slow) for d in DAMAGE[1:])], ids=lambda f: f.__name__
+)
 def test_a_damaged_entry_counts_as_absent(filled, tmp_path: Path, damage, monkeypatch) -> None:
     photographs, before, truth = filled
     cache = tmp_path / "cache"

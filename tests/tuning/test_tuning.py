@@ -588,6 +588,7 @@ def test_result_and_report(photos: Path, tmp_path: Path) -> None:
     assert result.plot().axes[0].get_xlabel() == "steps"
 
 
+@pytest.mark.slow
 def test_class_folders_give_accuracy_before_and_after(tmp_path: Path) -> None:
     """Red and blue images, which any features tell apart; one folder of images of both, where they cannot be told."""
     random = np.random.default_rng(0)

@@ -436,7 +436,6 @@ assert torch.equal(model.eval()(x), y)
 """
 
 
-@pytest.mark.slow
 def test_saved_model_loads_without_anypatch(tmp_path):
     model = DinoV2().eval()
     anypatch.adapt(model, 16, 80)

@@ -251,6 +251,7 @@ def test_linear_embeddings_agree_with_the_kernel_they_are(name: str, channels_fi
     assert_same_function(model, reference, 96, 48, tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_volo_changes_what_is_linear_after_its_convolutions(tmp_path: Path) -> None:
     volo = made("volo_d1_224", img_size=64)
     assert check(volo, 16).passed
@@ -498,6 +499,7 @@ print("loaded", len(sys.argv) - 1)
 """
 
 
+@pytest.mark.slow
 def test_saved_models_load_where_anypatch_is_not_installed(tmp_path: Path) -> None:
     for label, (name, arguments, target) in SAVED.items():
         model = made(name, **arguments)

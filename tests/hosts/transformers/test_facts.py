@@ -118,3 +118,14 @@ def test_the_measured_file_is_what_a_fresh_run_gives() -> None:
     from families.transformers import families, variants
 
     assert json.loads(measure([*families(), *variants()])) == measured()
+
+
+def test_a_run_leaves_nothing_in_what_the_library_keeps_for_the_whole_process() -> None:
+    """BEiT keeps indices by the window's size, for all of its models: without values they would be anybody's numbers."""
+    from transformers.models.beit.modeling_beit import BeitRelativePositionBias
+
+    BeitRelativePositionBias.generate_relative_position_index.cache_clear()
+    model = BeitModel(BeitConfig(patch_size=4, use_relative_position_bias=True, **SIZES))
+    anypatch.adapt(model, image_size=(8, 32))
+    for window in ((4, 4), (2, 8), (8, 12)):
+        assert BeitRelativePositionBias.generate_relative_position_index(window).device.type == "cpu"

@@ -18,6 +18,7 @@ from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.core.kernels import as_method
 from anypatch.core.plan import make as make_plan
+from anypatch.core.rehearsal import shapes
 from anypatch.core.twins import Subject
 from anypatch.errors import AnypatchError
 from anypatch.hosts.transformers.feeding import example
@@ -61,11 +62,10 @@ def refuses(vision: Vision, fact: str, geometry: Geometry, current: Geometry) ->
 
 def _runs(vision: Vision, geometry: Geometry, current: Geometry) -> bool:
     try:
-        with undisturbed(), torch.no_grad():  # also by the modes of a twin that is being built
+        with undisturbed():  # also by the modes of a twin that is being built
             twin = empty(lambda: build_unchecked(vision, geometry, current)).to("meta").eval()
             fed = example(subject(twin))
-            with torch.device("meta"):
-                fed.call(twin, torch.zeros(fed.shape))
+            shapes(twin, fed.call, fed.shape, torch.float32)
     except AnypatchError:
         return True  # the constructor has its own say
     except Exception:
