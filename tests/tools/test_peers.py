@@ -168,7 +168,7 @@ def test_that_ends_the_process():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a fake archive: its tests as they are, and on models with half the patch."""
     source = tmp_path / f"timm-{metadata.version('timm')}"
