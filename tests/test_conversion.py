@@ -486,8 +486,7 @@ def _kill_at_many_moments(source: Path, target: Path, kills: int) -> None:
     os.close(writer)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [8, 300])
+@pytest.mark.parametrize("kills", [pytest.param(40, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_a_kill_leaves_the_old_or_the_new(vit: Path, clip: Path, tmp_path: Path, what: str, kills: int) -> None:
     (tmp_path / "room").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -54,11 +55,36 @@ def test_what_is_asked_wrongly() -> None:
         flexible(pixels, patch_size=8, tokens=3)
     with pytest.raises(GeometryError, match="does not divide"):
         flexible(torch.randn(1, 3, 40, 40), patch_size=16)
+    for tokens in ("many", 4.0, True):
+        with pytest.raises(GeometryError, match="whole number of patches"):
+            flexible(pixels, tokens=tokens)
+    for images in (None, pixels[0], [pixels]):
+        with pytest.raises(GeometryError, match=r"images are a tensor \(n, channels, height, width\), not"):
+            flexible(images, patch_size=16)
     for sizes in ((), 16, [0], ["big"]):
         with pytest.raises(GeometryError):
             anypatch.flexible(model, sizes)
     with pytest.raises(UnsupportedModelError, match="has views"):
         anypatch.adapt(flexible, 4)
+
+
+def test_modules_that_are_exchanged_are_in_every_view() -> None:
+    peft = pytest.importorskip("peft")
+    model, pixels = vit(), torch.randn(1, 3, 32, 32)
+    flexible = anypatch.flexible(model, [16])
+    without = flexible(pixels, patch_size=16)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False))
+    model.reset_classifier(3)
+    found = flexible(pixels, patch_size=16)
+    assert found.shape != without.shape
+    torch.testing.assert_close(found, anypatch.adapt(copy.deepcopy(model), 16)(pixels), rtol=0, atol=0)
+
+
+def test_a_pickled_flexible_model_is_the_same() -> None:
+    flexible, pixels = anypatch.flexible(vit(), [16]), torch.randn(1, 3, 32, 32)
+    back = pickle.loads(pickle.dumps(flexible))
+    for size in (8, 16):
+        torch.testing.assert_close(back(pixels, patch_size=size), flexible(pixels, patch_size=size), rtol=0, atol=0)
 
 
 def test_names_and_state_are_the_models() -> None:

@@ -183,7 +183,8 @@ def at(
     milliseconds a forward pass; where the weights stay as they are, ``adapt`` a copy instead.
 
     ``view.state_dict()`` holds what :func:`anypatch.save` writes, the weights at the view's geometry. Loading is for
-    the model. Replacing layers of ``model`` (by PEFT, by pruning) after a view was taken asks for another view.
+    the model. Replacing layers of ``model`` (a new head, PEFT) after a view was taken asks for another view, and is an
+    UnsupportedModelError when the view runs. A pickled view, as a copied one, has weights of its own.
 
     Args:
         model: as for :func:`adapt`; a model behind ``torch.compile`` is looked through.

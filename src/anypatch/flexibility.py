@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anypatch.adaptation import at, geometry
 from anypatch.core.adapters import HELD
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show, target_geometry
+from anypatch.core.outdated import Tree
 from anypatch.core.tables import PositionsLike
 from anypatch.core.views import SHARED, require_no_view
 from anypatch.errors import GeometryError
@@ -70,7 +71,7 @@ class Flexible(nn.Module):
         sizes = {as_size(size, axes, "patch_size", native.patch_size) for size in patch_sizes} | {native.patch_size}
         # The model's own dictionaries, so that names, wrappers and shards are the model's.
         vars(self).update({name: vars(model)[name] for name in (*SHARED, "_modules", "_non_persistent_buffers_set")})
-        vars(self).update({HELD: model, "_native": native, "_options": options, "_views": {}})
+        vars(self).update({HELD: model, "_native": native, "_options": options, "_views": {}, "_tree": Tree(model)})
         self.training = model.training
         self.patch_sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda size: (math.prod(size), size)))
         for size in self.patch_sizes:
@@ -111,6 +112,8 @@ class Flexible(nn.Module):
             image = as_size(image_size, len(image), "image_size", image)
         if (patch, image) == (native.patch_size, native.image_size):
             return self.model
+        if vars(self)["_tree"].changed():  # a new head, an adapter: views are taken anew, as they would go on without
+            vars(self).update({"_views": {}, "_tree": Tree(self.model)})
         found = vars(self)["_views"].get((patch, image))
         return self._make(patch, image) if found is None else found
 
@@ -133,6 +136,9 @@ class Flexible(nn.Module):
 
     def _image_size(self, images: Tensor) -> Size:
         native: Geometry = vars(self)["_native"]
+        if not isinstance(images, Tensor) or images.dim() < 4:
+            given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise GeometryError(f"images are a tensor (n, channels, height, width), not {given}")
         lead = () if native.image_size is None else tuple(native.image_size[:-2])
         return (*lead, *images.shape[-2:])
 
@@ -142,6 +148,8 @@ class Flexible(nn.Module):
             return native.patch_size if patch_size is None else self._listed(patch_size)
         if patch_size is not None:
             raise GeometryError("give a patch_size or a budget of tokens, not both")
+        if isinstance(tokens, bool) or not isinstance(tokens, int):
+            raise GeometryError(f"tokens are a whole number of patches per image, not {tokens!r}")
         counts = {patch: count for patch in self.patch_sizes if (count := self._tokens(image, patch))}
         for patch, count in counts.items():
             if count <= tokens:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -410,6 +412,23 @@ def test_copies() -> None:
     assert not torch.equal(both[1](pixels), kept)
 
 
+@pytest.mark.parametrize("family", QUICK, ids=names)
+def test_a_pickled_view_is_the_same(family: Family) -> None:
+    """As `torch.save` of a whole module and processes that are started afresh do it."""
+    model = model_of(family)
+    target = tuple(2 * side for side in anypatch.geometry(model).patch_size)
+    view = anypatch.at(model, target, keep="image" if family.library == "generic" else "grid")
+    back = pickle.loads(pickle.dumps(view))
+    for a, b in zip(outputs(view), outputs(back), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
+    assert isinstance(back, type(model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    changed = [bool((p != 0).any()) for p in back.parameters()]
+    assert any(changed)
+
+
 def test_adapters_are_seen_through() -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["proj", "qkv"], init_lora_weights=False)
@@ -514,6 +533,56 @@ def test_a_view_of_a_model_that_was_adapted_since_says_so(name: str, sizes: dict
             view(x)
     x = torch.randn(1, 3, *(anypatch.geometry(model).image_size or ()))
     assert torch.equal(anypatch.at(model)(x), model(x))
+
+
+def _new_head(model: nn.Module) -> None:
+    model.reset_classifier(3)
+
+
+def _no_head(model: nn.Module) -> None:
+    del model.head
+
+
+def _lora(model: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False))
+
+
+def _another_projection(model: nn.Module) -> None:
+    model.patch_embed.proj = nn.Conv2d(3, 16, 8, 8)
+
+
+def _one_more_block(model: nn.Module) -> None:
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+
+
+def _parametrised(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.blocks[0].attn.qkv)
+
+
+@pytest.mark.parametrize("patch", [16, None])
+@pytest.mark.parametrize("change", [_new_head, _no_head, _lora, _another_projection, _one_more_block, _parametrised])
+def test_a_view_says_that_modules_were_exchanged(change: Callable[[nn.Module], None], patch: int | None) -> None:
+    """It would go on with those that were there."""
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    view = anypatch.at(model, patch)
+    alone, before = copy.deepcopy(view), view(x)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match="replaced, added or taken away since this view was taken"):
+        view(x)
+    if patch:  # by whatever way the tensors are read
+        with pytest.raises(UnsupportedModelError, match="since this view was taken"):
+            view.forward_features(x)
+    assert torch.equal(alone(x), before)  # a copy has modules of its own
+
+
+def test_a_view_outlives_its_model() -> None:
+    model, x = vit(), torch.randn(1, 3, 32, 32)
+    view = anypatch.at(model, 16)
+    before = view(x)
+    del model
+    gc.collect()
+    assert torch.equal(view(x), before)
 
 
 def test_a_view_goes_on_after_there_and_back() -> None:

@@ -10,6 +10,7 @@ new kernel is the old kernel applied to that estimate, `<w, M.T x> = <M w, x>`. 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -268,12 +269,12 @@ def linear_resize(
 ) -> Callable[[Tensor], Tensor]:
     """`resize_linear` as a differentiable function of the weight, its matrices computed once."""
     resize = KernelResize(_patch(old_patch, order), _patch(new_patch, order), method)
+    return functools.partial(_flattened, old_patch=old_patch, channels=channels, order=order, resize=resize)
 
-    def apply(weight: Tensor) -> Tensor:
-        kernel, back = _unflatten(weight, old_patch, channels, order)
-        return back(resize(kernel))
 
-    return apply
+def _flattened(weight: Tensor, old_patch: Sequence[int], channels: int, order: str, resize: KernelResize) -> Tensor:
+    kernel, back = _unflatten(weight, old_patch, channels, order)
+    return back(resize(kernel))
 
 
 def resize_pixels(rows: Tensor, old_patch: Sequence[int], new_patch: Sequence[int], order: str) -> Tensor:

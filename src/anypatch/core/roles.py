@@ -59,12 +59,18 @@ class Facts:
         return next((order for pattern, order in self.orders.items() if re.search(pattern, name)), None)
 
 
+Map = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Role:
-    """A name for people, and the resampling of the live tensor: a linear map, differentiable, that keeps its dtype."""
+    """A name for people, and the resampling of the live tensor: a linear map, differentiable, that keeps its dtype.
+
+    The map is a function of a module with its arguments, never one made on the way: views hold it and are pickled.
+    """
 
     text: str
-    apply: Callable[[Tensor], Tensor]
+    apply: Map
 
 
 @dataclass(frozen=True)
@@ -163,14 +169,13 @@ def _transposed(case: Case, old: nn.Module, new: nn.Module) -> Role:
             f"{case.name} ({case.shapes}) is a transposed convolution that follows the patch, but does not paint one "
             f"patch per token"
         )
-    size, target = old.kernel_size, new.kernel_size
+    return Role("pixel head (transposed convolution)", partial(_painting, old=old.kernel_size, new=new.kernel_size))
 
-    def paint(w: Tensor) -> Tensor:
-        rows = w.permute(1, 2, 3, 0).flatten(0, 2)
-        resized = resize.resize_pixels(rows, size, target, "c h w")
-        return resized.reshape(w.shape[1], *target, w.shape[0]).permute(3, 0, 1, 2).contiguous()
 
-    return Role("pixel head (transposed convolution)", paint)
+def _painting(weight: Tensor, old: Size, new: Size) -> Tensor:
+    rows = weight.permute(1, 2, 3, 0).flatten(0, 2)
+    resized = resize.resize_pixels(rows, old, new, "c h w")
+    return resized.reshape(weight.shape[1], *new, weight.shape[0]).permute(3, 0, 1, 2).contiguous()
 
 
 def _patch_channels(case: Case, axis: int) -> int:
@@ -220,12 +225,12 @@ def _pixel_rows(case: Case) -> Role:
         (old, new), order = (case.old.patch_size, case.new.patch_size), _order(case)
     else:
         (old, new), order = shuffle, "c h w"
+    return Role(f"pixel head ({order})", partial(_rows, old=old, new=new, order=order))
 
-    def rows(w: Tensor) -> Tensor:
-        flat = resize.resize_pixels(w.flatten(1) if w.ndim > 2 else w, old, new, order)
-        return flat.reshape(flat.shape[0], *w.shape[1:])
 
-    return Role(f"pixel head ({order})", rows)
+def _rows(weight: Tensor, old: Size, new: Size, order: str) -> Tensor:
+    flat = resize.resize_pixels(weight.flatten(1) if weight.ndim > 2 else weight, old, new, order)
+    return flat.reshape(flat.shape[0], *weight.shape[1:])
 
 
 def _shuffle(case: Case) -> tuple[Size, Size] | None:
@@ -264,14 +269,19 @@ def _table(case: Case) -> Role:
 def _folded(case: Case, outer: int, inner: int) -> Role:
     """A table whose token axis is folded into one with ``outer`` grids before it and ``inner`` values after it."""
     (axis,) = case.axes
-
-    def unfold(shape: Iterable[int]) -> TorchSize:
-        sides = list(shape)
-        return TorchSize([*sides[:axis], outer, sides[axis] // (outer * inner), inner, *sides[axis + 1 :]])
-
+    unfold = partial(_unfolded, axis=axis, outer=outer, inner=inner)
     shapes = {"old_shape": unfold(case.old_shape), "new_shape": unfold(case.new_shape)}
     role = _table(replace(case, **shapes, axes=(axis + 1,), facts=replace(case.facts, folded={})))  # type: ignore[arg-type]
-    return Role(role.text, lambda t: role.apply(t.reshape(unfold(t.shape))).flatten(axis, axis + 2))
+    return Role(role.text, partial(_through, apply=role.apply, unfold=unfold, axis=axis))
+
+
+def _unfolded(shape: Iterable[int], axis: int, outer: int, inner: int) -> TorchSize:
+    sides = list(shape)
+    return TorchSize([*sides[:axis], outer, sides[axis] // (outer * inner), inner, *sides[axis + 1 :]])
+
+
+def _through(table: Tensor, apply: Map, unfold: Callable[[Iterable[int]], TorchSize], axis: int) -> Tensor:
+    return apply(table.reshape(unfold(table.shape))).flatten(axis, axis + 2)
 
 
 def _map(case: Case) -> Role:
@@ -280,7 +290,8 @@ def _map(case: Case) -> Role:
     if axes != tuple(range(axes[0], axes[0] + len(axes))) or len(axes) > 3:
         raise UnsupportedModelError(f"{case.name} ({case.shapes}) changes on axes {axes}, which is no grid")
     size = tuple(case.new_shape[a] for a in axes)
-    return Role("absolute positions (map)", lambda t: positions.resample_grid(t, axes, size, case.sampling))
+    resample = partial(positions.resample_grid, axes=axes, new_grid=size, sampling=case.sampling)
+    return Role("absolute positions (map)", resample)
 
 
 def _grids(case: Case) -> Iterator[tuple[Size, Size]]:
@@ -329,29 +340,20 @@ def _tokens_role(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
         after = min(suffix, extra)
         prefix = extra - after
         shown = f"{prefix} + {show(old)}" if prefix else show(old)
-        return Role(
-            f"absolute positions ({shown} tokens)",
-            partial(
-                positions.resample_tokens,
-                axis=axis,
-                old_grid=old,
-                new_grid=new,
-                prefix=prefix,
-                suffix=after,
-                sampling=case.sampling,
-            ),
-        )
+        apply = partial(positions.resample_tokens, axis=axis, old_grid=old, new_grid=new, prefix=prefix, suffix=after)
+        return Role(f"absolute positions ({shown} tokens)", partial(apply, sampling=case.sampling))
     return None
 
 
 def _single_axis(case: Case, axis: int, old_n: int, new_n: int) -> Role | None:
     """A table for rows or for columns only, absolute or relative (``rel_pos_h``)."""
     sides = [(o, n) for old, new in _grids(case) for o, n in zip(old, new, strict=True)]
+    resample = partial(positions.resample_grid, axes=(axis,), new_grid=(new_n,))
     for old, new in sides:
         if (old, new) == (old_n, new_n):
-            return Role("absolute positions (one axis)", lambda t: positions.resample_grid(t, (axis,), (new_n,)))
+            return Role("absolute positions (one axis)", resample)
         if (2 * old - 1, 2 * new - 1) == (old_n, new_n):
-            return Role("relative positions (one axis)", lambda t: positions.resample_grid(t, (axis,), (new_n,)))
+            return Role("relative positions (one axis)", resample)
     return None
 
 
@@ -378,10 +380,12 @@ def _relative_of_host(case: Case, axis: int, old: Size, new: Size) -> Role:
             f"{case.name} ({case.shapes}) is a relative position table, and {case.old.library} does not resample those "
             f'itself: positions="host" covers absolute tables only here; use positions="antialias"'
         )
-    return Role(
-        f"relative positions ({show(old)} window)",
-        lambda table: resize_table(table.movedim(axis, 0), old, new).movedim(0, axis).contiguous(),
-    )
+    apply = partial(_rows_first, resize_table=resize_table, old=old, new=new, axis=axis)
+    return Role(f"relative positions ({show(old)} window)", apply)
+
+
+def _rows_first(table: Tensor, resize_table: Callable[..., Tensor], old: Size, new: Size, axis: int) -> Tensor:
+    return resize_table(table.movedim(axis, 0), old, new).movedim(0, axis).contiguous()
 
 
 def changed_axes(*shapes: Iterable[int]) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ SHARED = ("_parameters", "_buffers")
 FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 OPAQUE = (*ATOMS, Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Generator)
+TREE = "_anypatch_modules"  # in the attributes of one shell: the model's modules when the view was taken
 DEPTH = 4  # objects within objects in which modules are looked for; hosts keep them one or two deep
 
 
@@ -218,6 +219,10 @@ class _Bound:
         else:
             super().register_buffer(name, tensor, persistent)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and pickled by the host's class, as pickle finds no class that was made on the way."""
+        return _empty, (type(self).__mro__[2], tuple(sorted(vars(self)[MARK]))), vars(self)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for name, bound in vars(self)[MARK].items():
@@ -255,8 +260,16 @@ def _subclass(base: type, names: tuple[str, ...]) -> type:
         return found
 
 
+def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A shell without anything, to which pickle gives its attributes."""
+    return object.__new__(_subclass(base, names))
+
+
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
+        tree = self.__dict__.get(TREE)
+        if tree is not None:
+            tree.require_same()
         try:
             return self.__dict__[MARK][name].value(self, name)
         except AttributeError as error:  # else nn.Module.__getattr__ would be asked, and give the model's own tensor
@@ -280,6 +293,11 @@ def view(model: M, plan: Plan | None) -> M:
         if names:
             shell.__class__ = _subclass(type(shell), names)
     outdated.note((module, made[id(module)]) for module in model.modules())
+    tree, computing = outdated.Tree(model), next((shell for shell in root.modules() if vars(shell)[MARK]), None)
+    if computing is None:
+        root.register_forward_pre_hook(tree.require_same)
+    else:  # whenever this shell's tensors are read, which is once in a run, however the view is called
+        vars(computing)[TREE] = tree
     return root
 
 
