@@ -240,6 +240,20 @@ def test_a_model_that_fails_as_it_is_is_told_so() -> None:
         anypatch.check(nn.ModuleList([vit()]), 32)
 
 
+def test_a_model_without_values_is_told_so() -> None:
+    with torch.device("meta"):
+        model = vit()
+    with pytest.raises(anypatch.UnsupportedModelError, match="is on the meta device"):
+        anypatch.check(model, 32)
+
+
+def test_a_model_that_cannot_be_copied_is_told_so() -> None:
+    model = vit()
+    model.lines = (line for line in ["a generator"])
+    with pytest.raises(anypatch.UnsupportedModelError, match=r"cannot be copied to be checked: .*generator"):
+        anypatch.check(model, 32)
+
+
 def test_a_refusal_of_the_account_is_a_refusal() -> None:
     model = Decoder(4)
     model.mixer = nn.ConvTranspose2d(48, 3, 20, 16, padding=2)

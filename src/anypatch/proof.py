@@ -24,6 +24,7 @@ from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
 from anypatch.core.modes import on_its_own
 from anypatch.core.outputs import named_tensors
+from anypatch.core.placement import require_values
 from anypatch.core.twins import Subject
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
@@ -126,7 +127,7 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
             )
         method = Pi("nearest")
     generator = torch.Generator().manual_seed(seed)
-    subject = copy.deepcopy(model).cpu().float().eval()
+    subject = _copied(model)
     randomise(subject, generator)
     inner = describe(subject)
     example = host(subject).example(inner)
@@ -150,6 +151,25 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     if found.error >= TOLERANCE:
         _require_repeatable(after, _forward(example, subject, adapted.part, pixels))
     return found
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in which every parameter can be given another value.
+
+    Raises:
+        UnsupportedModelError: there can be none, or it has no values.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device, so nothing can be computed: check the model where its weights are"
+            )
+        if tensor.is_floating_point():
+            require_values(name, tensor)
+    try:
+        return copy.deepcopy(model).cpu().float().eval()
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be copied to be checked: {error}") from error
 
 
 def _present(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor) -> _Run:

@@ -124,6 +124,29 @@ def test_modes_of_the_callers_are_laid_aside(around: str) -> None:
     assert all(type(tensor) is nn.Parameter for tensor in other.parameters())
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
+    "grad": torch.func.grad,
+    "jacfwd": torch.func.jacfwd,
+    "functionalize": torch.func.functionalize,
+    "vmap": torch.func.vmap,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_the_callers_are_laid_aside(transform: str) -> None:
+    model = vit(embed_dim=48)
+    other = copy.deepcopy(model)
+    anypatch.adapt(model, 32, image_size=96)
+
+    def inside(x: Tensor) -> Tensor:
+        anypatch.adapt(other, 32, image_size=96)
+        return (x * x).sum()
+
+    TRANSFORMS[transform](inside)(torch.ones(2, 3) if transform == "vmap" else torch.ones(3))
+    assert same(model, other)
+    other(torch.randn(2, 3, 96, 96)).sum().backward()
+
+
 FAMILIES = [family for family in families() if not family.refused]
 CASTS = [torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
@@ -457,8 +480,42 @@ def test_sharded_models_are_refused_and_sharded_blocks_work(group: None) -> None
     model = vit()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
+    with pytest.raises(UnsupportedModelError, match="then shard it"):
+        anypatch.check(model, 32)
     anypatch.adapt(model, 32, keep="grid")
     model(torch.randn(2, 3, 128, 128)).sum().backward()
+
+
+def _sharded_projection(model: Any, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.patch_embed, mesh=mesh, reshard_after_forward=False)
+    model(torch.randn(1, 3, 64, 64))  # whole now, and the shards are elsewhere
+
+
+def _replicated_projection(model: Any, mesh: Any) -> None:
+    from torch.distributed._composable import replicate
+
+    replicate(model.patch_embed)
+
+
+def _distributed_projection(model: Any, mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    projection = model.patch_embed.proj
+    projection.weight = nn.Parameter(distribute_tensor(projection.weight.data, mesh, [Shard(0)]))
+
+
+@pytest.mark.parametrize("shard", [_sharded_projection, _replicated_projection, _distributed_projection])
+def test_a_projection_that_is_sharded_or_replicated_on_its_own_is_refused(group: None, shard: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = vit(embed_dim=48)
+    shard(model, init_device_mesh("cpu", (1,)))
+    with pytest.raises(UnsupportedModelError, match=r"adapt the model, then (shard|replicate) it"):
+        anypatch.adapt(model, 32, keep="grid")
+    assert model.patch_embed.proj.kernel_size == (16, 16)
+    assert model.patch_embed.proj.weight.shape == (48, 3, 16, 16)
 
 
 # -- threads -----------------------------------------------------------------------------------------------
@@ -619,13 +676,43 @@ def test_towers_that_share_layers_are_told_how_to_go_on() -> None:
         anypatch.adapt(tower, 32)
 
 
-def test_tensors_without_values_are_refused() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+class Held(Tensor):
+    """A tensor that keeps its values in another, as quantized ones do."""
 
-    model = vit()
-    model.patch_embed.proj.weight = FakeTensorMode().from_tensor(model.patch_embed.proj.weight)
-    with pytest.raises(UnsupportedModelError, match="is a FakeTensor"):
-        anypatch.adapt(model, 32)
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values_ = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values_)
+        raise NotImplementedError(f"no {func} of such tensors")
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "fake": (lambda t: FakeTensorMode().from_tensor(t), "is a FakeTensor"),
+    "sparse": (Tensor.to_sparse, r"is stored as torch.sparse_coo: .* dense"),
+    "mkldnn": (Tensor.to_mkldnn, r"is stored as torch._mkldnn: .* dense"),
+    "held": (Held, "is a Held, which keeps its values in other tensors"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_embed"])
+def test_tensors_without_plain_values_are_refused(form: str, name: str) -> None:
+    model = vit(embed_dim=48)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    convert, match = FORMS[form]
+    setattr(owner, leaf, nn.Parameter(convert(getattr(owner, leaf).detach()), requires_grad=False))
+    for change in (anypatch.adapt, anypatch.at, anypatch.check):
+        with pytest.raises(UnsupportedModelError, match=match):
+            change(model, 32)
+    assert model.patch_embed.proj.kernel_size == (16, 16)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

@@ -207,12 +207,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
     Raises:
         NotFiniteError: there are some; the message names the tensor.
-        UnsupportedModelError: the tensor has no values at all.
     """
-    if any(kind.__name__ == "FakeTensor" for kind in type(tensor).__mro__):
-        raise UnsupportedModelError(
-            f"{name} is a FakeTensor, which has no values: adapt the model itself, outside of FakeTensorMode"
-        )
     if tensor.is_meta or not tensor.is_floating_point():
         return
     values = tensor.detach()

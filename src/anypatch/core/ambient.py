@@ -29,14 +29,29 @@ def _without_modes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_transforms() -> Iterator[None]:
+    """Lay torch.func's transforms (``grad``, ``vmap``, ``functionalize``) aside, which wrap each tensor that is made
+    while they run: a model that keeps one would not outlive them."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+@contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run a block as if neither autocast nor inference mode nor a default device nor any mode of torch were active.
+    """Run a block as if neither autocast nor inference mode nor a default device nor any mode or transform of torch
+    were active.
 
     Only switches that belong to the calling thread are turned. The default dtype is the process's, so it stays as it
     is, and whoever creates a tensor says in which dtype. Gradients are recorded again where the block does not turn
     them off, as leaving inference mode does.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_transforms())
         stack.enter_context(_without_modes())
         grad = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         if torch.is_inference_mode_enabled():

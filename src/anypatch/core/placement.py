@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from anypatch.errors import UnsupportedModelError
 
-# Wrappers that took addresses or shapes of the parameters when they were made, and what to do instead.
+# Classes that took addresses or shapes of the parameters when they were made, and what to do instead. torch makes
+# subclasses of a module's own class of some of them, when the module is wrapped in place.
 WRAPPERS = {
     "DistributedDataParallel": "its gradient buckets keep the old shapes: adapt the model inside it, then wrap it",
+    "DDP": "its gradient buckets keep the old shapes: adapt the model, then replicate it",
+    "ReplicateModule": "its shards keep the old shapes: adapt the model, then replicate it",
     "FullyShardedDataParallel": "its flat parameters keep the old shapes: adapt the model inside it, then wrap it",
+    "FSDPModule": "its shards keep the old shapes: adapt the model, then shard it",
 }
 SHARDED = "adapt the model, then shard it"
 
@@ -55,12 +59,12 @@ def require_movable(root: nn.Module, touched: list[Touched], part: nn.Module | N
     """
     ids = {id(item.tensor) for item in touched}
     for path, module in [] if shared else root.named_modules():
-        why = WRAPPERS.get(type(module).__name__)
+        why = _wrapping(module)
         if why is not None and any(id(p) in ids for p in module.parameters()):
             raise UnsupportedModelError(f"{path or 'the model'} is a {type(module).__name__}, and {why}")
     hooked = list(_hooked(root))
     for item in touched:
-        _require_whole(item)
+        require_values(item.name, item.tensor)
         if item.tensor.is_meta and any(item.module in above for above, _ in hooked):
             raise UnsupportedModelError(
                 f"{item.name} is offloaded, a hook puts it in place when the layer runs: {ADVICE}"
@@ -78,14 +82,39 @@ def require_movable(root: nn.Module, touched: list[Touched], part: nn.Module | N
 ADVICE = "adapt the model before offloading it (before device_map, dispatch_model, cpu_offload or disk_offload)"
 
 
-def _require_whole(item: Touched) -> None:
-    """The tensor is no shard of a larger one."""
-    if hasattr(item.tensor, "device_mesh") and hasattr(item.tensor, "placements"):
+def _wrapping(module: nn.Module) -> str | None:
+    """Why parameters below a module may not change their shapes."""
+    kinds = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch."))
+    return next((WRAPPERS[name] for name in kinds if name in WRAPPERS), None)
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    """A tensor that is to be resampled has its own values, all of them, as plain numbers in its memory.
+
+    Raises:
+        UnsupportedModelError: it is a shard or a part of others, it is kept in other tensors, or it has no values; the
+            message says in which order things work.
+    """
+    kind = type(tensor).__name__
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        raise UnsupportedModelError(f"{name} is sharded over a device mesh ({kind}): {SHARDED}")
+    if getattr(tensor, "_is_flat_param", False):
+        raise UnsupportedModelError(f"{name} is a flat parameter of several layers: {SHARDED}")
+    if any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
         raise UnsupportedModelError(
-            f"{item.name} is sharded over a device mesh ({type(item.tensor).__name__}): {SHARDED}"
+            f"{name} is a FakeTensor, which has no values: adapt the model itself, outside of FakeTensorMode"
         )
-    if getattr(item.tensor, "_is_flat_param", False):
-        raise UnsupportedModelError(f"{item.name} is a flat parameter of several layers: {SHARDED}")
+    if tensor.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"{name} is stored as {tensor.layout}: adapt the model with a dense tensor (tensor.to_dense()) in its place"
+        )
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{name} is a {kind}, which keeps its values in other tensors: adapt the model first, then quantize or "
+            f"convert it"
+        ) from error
 
 
 def _hooked(root: nn.Module) -> Iterator[tuple[set[nn.Module], str]]:
@@ -192,7 +221,7 @@ def _outside(
         other = id(value) in below or any(p is not None for p in owner._parameters.values())
         if kind is type(owner) and other and _same(owner, value):
             return _shared(path, "a layer", owner)
-        why = WRAPPERS.get(type(owner).__name__)
+        why = _wrapping(owner)
         if why is not None and value is root:
             return f"the model is inside a {type(owner).__name__}, and {why}"
     return None

@@ -26,7 +26,7 @@ from anypatch.core.diff import (
 )
 from anypatch.core.flattened import require_places
 from anypatch.core.geometry import Geometry
-from anypatch.core.placement import Touched, kept, require_movable
+from anypatch.core.placement import Touched, kept, require_movable, require_values
 from anypatch.core.roles import Case, Role, role_of
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step, Undo
 from anypatch.core.tables import ANTIALIASED, Sampling
@@ -282,6 +282,7 @@ def _memory(tensor: Tensor) -> Any:
 
 def _resampled(case: Case, tensor: Tensor) -> tuple[Role, Tensor]:
     """The role of a live tensor, and its value at the new geometry."""
+    require_values(case.name, tensor)
     expected = tuple(tensor.shape[a] for a in case.axes) if tensor.ndim == len(case.old_shape) else None
     if expected != tuple(case.old_shape[a] for a in case.axes):
         case = _live_case(case, tensor)
