@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from anypatch.tuning.data import Feed, split
 from anypatch.tuning.distance import distances
 from anypatch.tuning.pool import Pool
 from anypatch.tuning.said import Said
+from anypatch.tuning.training import Trainer, digest
 
 OPTIONS: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "device": "cpu", "progress": False}
 
@@ -302,10 +304,71 @@ def test_mixed_precision(photos: Path) -> None:
 def test_the_rate_is_found_and_minutes_become_steps(photos: Path) -> None:
     model = vit()
     result = anypatch.tune(model, images=photos, patch_size=8, minutes=0.08, **OPTIONS)
-    assert result.settings["learning_rate"] in schedule.trial_rates()
-    assert 1e-5 < result.settings["learning_rate"] < 1e-2  # of a tiny model with random weights
+    assert schedule.FIRST_RATE < result.settings["learning_rate"] < 1e-2  # of a tiny model with random weights
     assert result.settings["steps"] >= 1
     assert result.gained
+
+
+def stopped_before_training(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[int, str, float, list[str]]:
+    """How many steps were taken before the training, of what weights it would have begun with, at what rate; notes."""
+    found: list[Any] = []
+    taken: list[int] = []
+    one = Trainer.step
+
+    def step(self: Trainer, number: int, *rest: Any) -> float:
+        taken.append(number)
+        return one(self, number, *rest)
+
+    def run(self: Trainer, state: Any, _: Any) -> None:
+        found.extend([len(taken), digest(self.pair.student), state.peak, self.notes])
+        raise StoppedError
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "run", run)
+    with pytest.raises(StoppedError):
+        anypatch.tune(vit(), patch_size=8, **options, **OPTIONS)
+    monkeypatch.undo()
+    return tuple(found)  # type: ignore[return-value]
+
+
+def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, begun, rate, notes = stopped_before_training(monkeypatch, images=photos, steps=150)
+    none, start, *_ = stopped_before_training(monkeypatch, images=photos, steps=150, learning_rate=1e-3)
+    assert none == 0
+    assert 8 <= taken <= 15
+    assert begun == start
+    assert rate == schedule.FIRST_RATE * schedule.FACTOR ** (taken // 4 - 1)  # such a model wants a higher one
+    assert not notes
+    taken, _, rate, notes = stopped_before_training(monkeypatch, images=photos, steps=20)
+    assert (taken, rate) == (0, schedule.FIRST_RATE)
+    assert "too few steps to try learning rates" in notes[0]
+    assert stopped_before_training(monkeypatch, images=photos, steps=20, lora=2)[2] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("best", "steps", "tried"),
+    [
+        (0.0, 900, [0, 1, -1]),
+        (3.0, 900, [0, 1, 2, 3, 4]),
+        (-2.0, 900, [0, 1, -1, -2, -3]),
+        (-3.0, 600, [0, 1, -1, -2]),  # no time for more
+        (0.4, 90, []),
+        (-4.0, 9000, [0, 1, -1, -2, -3, -4, -5]),  # from where every rate diverges
+    ],
+)
+def test_the_rate_is_sought_both_ways(best: float, steps: int, tried: list[int]) -> None:
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.pair, trainer.notes, trainer.progress = SimpleNamespace(student=nn.Linear(1, 1)), [], lambda *_: None
+    seen: list[int] = []
+
+    def trial(peak: float, _: int) -> float:
+        seen.append(round(math.log(peak / 1e-5, schedule.FACTOR)))
+        return math.inf if best < -3 and seen[-1] > -3 else abs(seen[-1] - best)
+
+    trainer._trial, trainer.look_steps = trial, lambda: 3.0
+    found = trainer.found_rate(steps, 1e-5)
+    assert seen == tried
+    assert math.log(found / 1e-5, schedule.FACTOR) == pytest.approx(min(tried or [0], key=lambda p: abs(p - best)))
 
 
 class StoppedError(Exception):
@@ -491,6 +554,17 @@ def test_every_image_comes_before_any_comes_twice() -> None:
     drawn = [drawn_image(3, sample, 7) for sample in range(21)]
     assert [sorted(drawn[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert drawn[:7] != drawn[7:14]
+
+
+def test_images_are_held_out_whole_and_no_more_than_can_be_looked_at(photos: Path, tmp_path: Path) -> None:
+    for number in range(16):
+        for path in photos.iterdir():
+            (tmp_path / f"{number:02}-{path.name}").hardlink_to(path)
+    for folder, faces, held in ((photos, 1, 5), (photos, 40, 4), (tmp_path, 1, 64), (tmp_path, 6, 32)):
+        found = split(folder, 0, faces)
+        assert len(found.held_out) == held
+        assert len(found.held_out) + len(found.train) == len(list(folder.iterdir()))
+        assert not {*found.held_out.keys} & {*found.train.keys}
 
 
 def test_crops_lie_inside() -> None:

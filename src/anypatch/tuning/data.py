@@ -23,6 +23,7 @@ from anypatch.tuning.crops import Crops
 LEAST = 16  # images: four of them are tested on, twelve learned from
 HELD_OUT = 0.2  # share of the images that is tested on: the usual fifth
 MOST_HELD_OUT = 64  # more do not change the third digit of a mean cosine, and are read a dozen times
+MOST_VIEWS = 192  # of them, all patch sizes together: six at 64 images each would cost a look as much as eight steps
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ class Split:
     notes: list[str]
 
 
-def split(images: Any, seed: int) -> Split:
+def split(images: Any, seed: int, faces: int = 1) -> Split:
     """Open a folder of images and hold a part of them out, whole images, before any crop.
+
+    Args:
+        images: the folder.
+        seed: of the draw.
+        faces: patch sizes at which the held-out images are looked at.
 
     Raises:
         DataError: no folder, or fewer than 16 images that can be read.
@@ -49,7 +55,7 @@ def split(images: Any, seed: int) -> Split:
     notes = left_out(everything, failed)
     usable = everything.subset([i for i in range(len(everything)) if i not in failed])
     require_images(len(usable), LEAST, everything.name)
-    held = min(max(round(len(usable) * HELD_OUT), 4), MOST_HELD_OUT)
+    held = max(min(round(len(usable) * HELD_OUT), MOST_HELD_OUT, MOST_VIEWS // faces), 4)
     order = np.random.default_rng([seed, 3]).permutation(len(usable))
     return Split(usable.subset(sorted(order[held:].tolist())), usable.subset(sorted(order[:held].tolist())), notes)
 

@@ -29,6 +29,7 @@ from anypatch.measure.processes import Team, decoding_workers
 from anypatch.report.colours import shared_colours
 from anypatch.report.measurements import Sample
 from anypatch.report.progress import Progress, shown_progress
+from anypatch.tuning import schedule
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.checkpoint import Checkpoint, State
@@ -128,7 +129,7 @@ def tune(
     subject = describe(user)
     targets = asked.targets(subject)
     used = preprocess or preprocess_of(subject, source if isinstance(source, str) else None)
-    opened = team.lead(lambda: split(images, seed))
+    opened = team.lead(lambda: split(images, seed, len(targets)))
     workers = decoding_workers(num_workers, team.size)
     with shown_progress(progress if team.leads else False) as shown:
         run = Run(asked, user, subject, targets, opened, used, team, workers, shown, began)
@@ -274,11 +275,13 @@ class Run:
         if expected < 1:
             raise DataError(f"no time for one step: {max(self._left(), 0):.0f} s are left after two that were tried")
         rate, began = self.asked.learning_rate, time.monotonic()
-        peak = trainer.found_rate(expected) if rate == "auto" else float(rate)
+        times = 1.0 if self.asked.lora is None else schedule.LORA_TIMES
+        peak = trainer.found_rate(expected, schedule.FIRST_RATE * times) if rate == "auto" else float(rate)
         if steps is None:
             share = 1 - (time.monotonic() - began) / max(self._left() + time.monotonic() - began, 1e-9)
             steps = min(self.team.gather(max(int(expected * share), 1)))
-        looked = {show(patch): found.mean for patch, found in trainer.pair.look().items()}
+        trainer.begun = trainer.pair.look()
+        looked = {show(patch): found.mean for patch, found in trainer.begun.items()}
         return State(steps, peak, kept(student), curve=[(0, looked)])
 
     def _left(self) -> float:

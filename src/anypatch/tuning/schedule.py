@@ -16,16 +16,22 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way from the start to the tuned weight
 # a random step of its weights moves features fifty times as far as one of any other layer. Directions with less power
 # than this share of the mean are stretched no further: gradients there are noise.
 PIXELS, DAMPING = 0.5, 0.05
-# The range test: rates tried from the start of the run, doubled as long as they are no worse; each run is as long as it
-# has to be to tell, and a fortieth of the steps at most.
-FIRST_RATE, LAST_RATE, FACTOR = 4e-6, 1e-2, 2.0
+# The range test. It begins at a rate that is known to be good for pretrained ViTs (of DINOv2-small 8e-6 to 1e-5, 1.6e-5
+# is no better and 3e-5 worse: benchmarks/tuning_notes.md) and goes up by this factor as long as that is better, else
+# down. A good rate for LoRA is about ten times that for all weights (Schulman and others, "LoRA without regret", 2025).
+FIRST_RATE, LORA_TIMES, FACTOR = 1e-5, 10.0, 2.0
+LEAST_RATE, LAST_RATE = 1e-7, 1e-2
+RANGE_SHARE = 0.1  # of the run's steps, the most that the range test may cost
+# Each trial is a run of its own, with warm-up and fall to zero, of so many steps.
 TRIAL_STEPS, TRIAL_SHARE = (4, 12), 1 / 40
 # Tokens between blocks that are compared with the teacher's: after these shares of the blocks, and the weight of their
 # distance beside the outputs'.
 INSIDE, INSIDE_WEIGHT = (1 / 4, 1 / 2, 3 / 4), 3.0
 ROUNDS = 6  # times that each crop is seen: what the teacher says of one costs as much as two steps with it
 POOL_BYTES = 2 * 2**30  # of crops and what the teacher says of them, all processes together
-LOOKS = 10  # times that the held-out images are looked at during a run, and the state is written
+WRITES = 10  # times that the state is written during a run
+LOOKS, LOOKS_SHARE = 10, 0.1  # times that the held-out images are looked at during a run, and the most that it may cost
+BACKWARD = 2.0  # times the cost of a forward pass
 
 
 def rate(step: int, steps: int, peak: float) -> float:
@@ -50,14 +56,30 @@ def rows(steps: int) -> int:
     return max(math.ceil(steps / ROUNDS), 1)
 
 
-def trial_rates() -> list[float]:
-    """Rates of the range test, rising."""
-    found = [FIRST_RATE]
-    while found[-1] * FACTOR <= LAST_RATE:
-        found.append(found[-1] * FACTOR)
-    return found
-
-
 def trial_steps(steps: int) -> int:
+    """Of each trial of the range test, in a run of so many steps.
+
+    >>> [trial_steps(steps) for steps in (10, 300, 10_000)]
+    [4, 8, 12]
+    """
     least, most = TRIAL_STEPS
     return max(min(round(steps * TRIAL_SHARE), most), least)
+
+
+def trials(steps: int, look: float) -> int:
+    """How many rates a run of so many steps can afford to try, where a look at the held-out images costs as much as
+    ``look`` steps: one comes after each trial.
+
+    >>> trials(290, 1.3), trials(50, 1.3)
+    (3, 0)
+    """
+    return int(steps * RANGE_SHARE / (trial_steps(steps) + look))
+
+
+def looks(steps: int, look: float) -> int:
+    """How often a run looks at the held-out images, at its end included.
+
+    >>> looks(290, 1.3), looks(100, 8.0)
+    (10, 1)
+    """
+    return max(min(int(steps * LOOKS_SHARE / look), LOOKS), 1)

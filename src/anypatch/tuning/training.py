@@ -125,6 +125,8 @@ class Trainer:
     progress: Progress
     notes: list[str] = field(default_factory=list)
     whitened: dict[nn.Parameter, Whitening] | None = None
+    begun: dict[Size, Fidelity] | None = None  # fidelity at the start, once it is looked at
+    ended: dict[Size, Fidelity] | None = None  # and after the last step
 
     def patch_at(self, step: int) -> Size:
         """The patch size of a step (FlexiViT draws one uniformly for each)."""
@@ -232,22 +234,46 @@ class Trainer:
         sizes = self.team.gather(self.pool.sample_bytes())
         return max(schedule.POOL_BYTES // max(max(sizes) * self.pool.feed.batch_size, 1), 1)
 
-    def found_rate(self, steps: int) -> float:
-        """The range test: each rate for some steps from the start, judged on the held-out images, taken back."""
-        start = kept(self.pair.student)
-        best, least = schedule.FIRST_RATE, _loss(self.pair.look())
-        rates, count = schedule.trial_rates(), schedule.trial_steps(steps)
-        for number, peak in enumerate(rates):
-            self.progress("finding the learning rate", number, len(rates))
-            optimizer = self.optimizer()
-            losses = [self.step(i, self.pool.row(i), optimizer, schedule.rate(i, count, peak)) for i in range(count)]
-            found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
+    def look_steps(self) -> float:
+        """How many steps a look at the held-out images costs as much as: it has no backward passes, and every face."""
+        images = sum(map(len, self.pair.held_out[self.pair.teacher.image_size]))
+        return images * len(self.pair.faces) / self.pool.feed.batch_size / (1 + schedule.BACKWARD)
+
+    def found_rate(self, steps: int, first: float) -> float:
+        """The range test: short runs from the start, judged on the held-out images and taken back.
+
+        It takes a tenth of the steps at most. From ``first`` it goes up as long as that is better, or else down; where
+        there is no time for two trials, ``first`` it is.
+        """
+        most, start = schedule.trials(steps, self.look_steps()), kept(self.pair.student)
+        found: dict[float, float] = {}
+
+        def better(peak: float, than: float) -> bool:
+            if len(found) == most or not schedule.LEAST_RATE <= peak <= schedule.LAST_RATE:
+                return False
+            self.progress("finding the learning rate", len(found), most)
+            found[peak] = self._trial(peak, schedule.trial_steps(steps))
             put_back(self.pair.student, start)
-            if found < least:
-                best, least = peak, found
-            elif peak > best:
-                break  # rates above the best only get worse
-        return best
+            return found[peak] < found[than] or (peak < than and math.isinf(found[than]))
+
+        if most < 2:
+            self.notes.append(f"too few steps to try learning rates: {first:g}, which suits most pretrained models")
+            return first
+        better(first, first)
+        for factor in (schedule.FACTOR, 1 / schedule.FACTOR):
+            best = first
+            while better(best * factor, best):
+                best *= factor
+            if best != first:
+                break
+        return min(found, key=lambda peak: (found[peak], peak))
+
+    def _trial(self, peak: float, steps: int) -> float:
+        """The held-out loss after so many steps; infinite if the rate diverges."""
+        optimizer = self.optimizer()
+        losses = [self.step(i, self.pool.row(i), optimizer, schedule.rate(i, steps, peak)) for i in range(steps)]
+        found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
+        return self.team.gather(found if math.isfinite(found) else math.inf)[0]  # all go on alike
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -256,7 +282,8 @@ class Trainer:
         optimizer = self.optimizer()
         scaler = torch.amp.GradScaler(self.pair.device.type, enabled=self.pair.precision == "fp16")
         state.restore(self.pair.student, optimizer, scaler)
-        decay, every = schedule.decay(state.steps), max(math.ceil(state.steps / schedule.LOOKS), 1)
+        decay, every = schedule.decay(state.steps), max(math.ceil(state.steps / schedule.WRITES), 1)
+        look_every = math.ceil(state.steps / schedule.looks(state.steps, self.look_steps()))
         began, first = time.perf_counter(), state.step
         said = f"held-out fidelity {_mean(state.curve[-1][1]):.3f}"
         rows = min(schedule.rows(state.steps), self.most_rows())
@@ -269,35 +296,44 @@ class Trainer:
                 break
             averaged(state.average, self.pair.student, decay)
             state.step = step + 1
-            if state.step % every == 0 or state.step == state.steps:
-                looked = {show(p): f.mean for p, f in self.pair.look().items()}
+            if state.step % look_every == 0 or state.step == state.steps:
+                found = self.pair.look()
+                self.ended = found if state.step == state.steps else None
+                looked = {show(p): f.mean for p, f in found.items()}
                 state.curve.append((state.step, looked))
                 said = f"held-out fidelity {_mean(looked):.3f}"
-                if self.team.leads:
-                    checkpoint.write(state, self.pair.student, optimizer, scaler)
+            if (state.step % every == 0 or state.step == state.steps) and self.team.leads:
+                checkpoint.write(state, self.pair.student, optimizer, scaler)
             left = (time.perf_counter() - began) / (state.step - first) * (state.steps - state.step)
             self.progress(f"tuning, {said}, {duration(left)} left", state.step, state.steps)
 
     def choose(self, start: Weights, average: Weights) -> tuple[dict[Size, Fidelity], dict[Size, Fidelity], float]:
         """Put the best of the last and the averaged weights, each mixed with the start, into the student.
 
-        The best has the highest mean held-out fidelity; no patch size but the native one, which starts at one, may
-        have lost, neither in its pooled feature nor in its patch map. If nothing is better, the start is put back.
+        A set's shares are tried from the whole on, as long as they gain. The best has the highest mean held-out
+        fidelity; no patch size but the native one, which starts at one, may have lost, neither in its pooled feature
+        nor in its patch map. If nothing is better, the start is put back.
 
         Returns:
             The fidelity before, after, and the share of the way from the start.
         """
         last = kept(self.pair.student)
         put_back(self.pair.student, start)
-        before = self.pair.look()
+        before = self.begun or self.pair.look()
         best, after, chosen = start, before, 0.0
-        for number, (end, share) in enumerate((e, s) for e in (average, last) for s in schedule.SHARES):
-            self.progress("choosing the weights", number, 2 * len(schedule.SHARES))
-            put_mixed(self.pair.student, start, end, share)
-            found = self.pair.look()
-            if self._harms(before, found) or _mean_of(found) <= _mean_of(after):
-                continue
-            best, after, chosen = kept(self.pair.student), found, share
+        for number, end in enumerate((last, average)):
+            ahead = -math.inf  # the mean fidelity further on
+            for place, share in enumerate(schedule.SHARES):
+                self.progress("choosing the weights", number * len(schedule.SHARES) + place, 2 * len(schedule.SHARES))
+                put_mixed(self.pair.student, start, end, share)
+                known = self.ended if end is last and share == 1 else None
+                found = known or self.pair.look()
+                harms, mean = self._harms(before, found), _mean_of(found)
+                if not harms and mean > _mean_of(after):
+                    best, after, chosen = kept(self.pair.student), found, share
+                if not harms and mean <= ahead:
+                    break  # on the way back nothing comes any more: what is won falls off on both sides of its best
+                ahead = mean
         put_back(self.pair.student, best)
         return before, after, chosen
 
