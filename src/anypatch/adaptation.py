@@ -17,6 +17,7 @@ from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike, targ
 from anypatch.core.kernels import as_method
 from anypatch.core.placement import require_unsharded
 from anypatch.core.plan import Plan
+from anypatch.core.recorded import programs, told
 from anypatch.core.tables import ANTIALIASED, PositionsLike
 from anypatch.core.twins import Subject
 from anypatch.core.views import described, is_view, require_no_view, view
@@ -235,7 +236,14 @@ def describe(model: nn.Module) -> Subject:
     inner = unwrap(model)
     if is_view(inner):
         return replace(described(inner, describe), wrapper=model)
-    return replace(host(inner).subject(inner), wrapper=model)
+    try:
+        return replace(host(inner).subject(inner), wrapper=model)
+    except UnsupportedModelError as error:
+        for path, program in programs(inner) if isinstance(inner, nn.Module) else ():
+            raise UnsupportedModelError(
+                f"{error}; {path} is {told(program)}: adapt the model before tracing"
+            ) from error
+        raise
 
 
 def host(model: nn.Module) -> Host:

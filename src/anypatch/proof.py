@@ -245,6 +245,8 @@ def _forward(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor
     inside: dict[str, Tensor] = {}
     handles = []
     for name, child in part.named_children():
+        if isinstance(child, torch.jit.ScriptModule):
+            continue  # takes no hooks
 
         def record(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
             inside.update({f"{name}{where}": t.detach().clone() for where, t in named_tensors(output)})

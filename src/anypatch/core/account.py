@@ -8,7 +8,7 @@ for, so that the rule for hand-made models (:class:`Rule`) can follow it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from anypatch.core.adapters import Place, match, reads_same_input, wrapped
 from anypatch.core.diff import BOOKKEEPING, CacheEdit, Edit, ParameterEdit
+from anypatch.core.recorded import require_open
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject, Twins
 from anypatch.errors import UnsupportedModelError
@@ -77,12 +78,15 @@ class Rule(Protocol):
 class Account:
     """Where the twin's modules are in the live model, and what of the live model is left over."""
 
-    def __init__(self, subject: Subject, old: nn.Module, edits: Iterable[Edit]) -> None:
+    def __init__(self, subject: Subject, old: nn.Module, edits: Sequence[Edit]) -> None:
         self.subject = subject
         self.root = subject.wrapper if subject.wrapper is not None else subject.model
         self.places = match(subject.part, old)
         self._old = old
         self._edited = {(e.path, e.name) for e in edits if not isinstance(e, CacheEdit)}
+        for edit in edits:
+            if not isinstance(edit, CacheEdit):
+                require_open(edit.full, self.places[edit.path].layers)
         self._changing = {(e.path, e.name): e for e in edits if isinstance(e, ParameterEdit)}
         for edit in self._changing.values():
             for live in self.places[edit.path].layers:
@@ -109,11 +113,13 @@ class Account:
                 known.setdefault(id(live), set()).update(self._spoken_for(path, twin, live))
         found = []
         for module in self._over_what_stays():
-            names = {*vars(module), *module._parameters, *module._buffers}
+            names = {*vars(module), *module._parameters.keys(), *module._buffers.keys()}
             known.setdefault(id(module), set()).update(names)
         inside = {id(m) for m in self.subject.part.modules()}
         for path, module in _territory(self.root, self.subject.geometry.library, inside):
-            names = {*_plain(module), *module._parameters, *module._buffers} - known.get(id(module), set())
+            names = {*_plain(module), *module._parameters.keys(), *module._buffers.keys()} - known.get(
+                id(module), set()
+            )
             if names or id(module) not in known:
                 found.append(Extra(path, module, frozenset(names), id(module) not in known))
         return found
@@ -129,11 +135,12 @@ class Account:
                 if inside:
                     yield from (m for m in outer.modules() if id(m) not in inside)
             for layer in place.layers:
-                held = layer._modules.get("parametrizations")
-                if held is not None:
-                    yield from held.modules()
+                if "parametrizations" in layer._modules:
+                    yield from layer.get_submodule("parametrizations").modules()
 
     def _spoken_for(self, path: str, twin: nn.Module, live: nn.Module) -> set[str]:
+        if isinstance(live, torch.jit.ScriptModule):
+            return set()
         above = self.subject.speaks
         if above and path != above and not path.startswith(f"{above}."):
             return {name for where, name in self._edited if where == path}
@@ -149,6 +156,8 @@ class Account:
 
 
 def _plain(module: nn.Module) -> Iterator[str]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return iter(())
     return (name for name in vars(module) if name not in BOOKKEEPING)
 
 

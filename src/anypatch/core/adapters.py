@@ -70,7 +70,11 @@ def match(part: nn.Module, twin: nn.Module) -> dict[str, Place]:
 def _look_through(module: nn.Module, twin: nn.Module) -> list[nn.Module]:
     """The modules of the twin's class inside one of another class that does not itself hold what the twin holds."""
     kind = type(twin)
-    if isinstance(module, kind) or wrapped(module) or kind in (nn.Identity, nn.ModuleList, nn.Sequential):
+    if (
+        isinstance(module, (kind, torch.jit.ScriptModule))
+        or wrapped(module)
+        or kind in (nn.Identity, nn.ModuleList, nn.Sequential)
+    ):
         return [module]
     held = [*twin._parameters, *twin._buffers, *twin._modules]
     own = {*module._parameters, *module._buffers, *module._modules}
@@ -84,6 +88,8 @@ def _look_through(module: nn.Module, twin: nn.Module) -> list[nn.Module]:
 
 def wrapped(module: nn.Module) -> list[nn.Module]:
     """What an adapter wraps: PEFT's ``base_layer``, and ``original_module`` with its trained copies."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
     found = [module._modules[n] for n in ("base_layer", "original_module") if module._modules.get(n) is not None]
     copies = module._modules.get("modules_to_save")
     if copies is not None and found:
@@ -108,7 +114,10 @@ def innermost(layer: nn.Module) -> nn.Module:
 
 
 def _children(module: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Children called ``name``, looking through adapters."""
+    """Children called ``name``, looking through adapters; a recorded program stands for all that was in it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield module
+        return
     child = module._modules.get(name)
     if child is not None:
         yield child

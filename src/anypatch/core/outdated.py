@@ -99,7 +99,7 @@ class Tree:
             owner = reference()
             if owner is None:
                 continue
-            now = owner._modules
+            now = owner._modules if type(owner._modules) is dict else dict(owner._modules.items())  # TorchScript's
             if len(now) != len(children) or any(now.get(name) is not child() for name, child in children):
                 before = {name: child() for name, child in children}
                 names = [n for n in {**before, **dict(now.items())} if n not in now or now[n] is not before.get(n)]

@@ -27,6 +27,7 @@ from anypatch.core.diff import (
 from anypatch.core.flattened import require_places
 from anypatch.core.geometry import Geometry
 from anypatch.core.placement import Touched, kept, require_movable, require_values
+from anypatch.core.recorded import require_open
 from anypatch.core.roles import Case, Role, role_of
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step, Undo
 from anypatch.core.tables import ANTIALIASED, Sampling
@@ -153,7 +154,9 @@ class _Binder:
             binders[type(edit)](edit, list(place.outer if isinstance(edit, ModuleEdit) else place.layers))
         self._require_projection_found()
         for edit in extras:
-            binders[type(edit)](edit, [self.account.root.get_submodule(edit.path)])
+            live = self.account.root.get_submodule(edit.path)
+            require_open(edit.full, [live])
+            binders[type(edit)](edit, [live])
         self._follow_references()
         if self.subject.finish is not None:
             self.attributes += [SetAttribute(*entry) for entry in self.subject.finish(self.target)]

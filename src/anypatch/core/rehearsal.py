@@ -7,6 +7,7 @@ part, so nothing of them changes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,31 +27,40 @@ HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_k
 
 
 class NoStageError(Exception):
-    """A model that cannot be rehearsed: it runs something that was recorded or compiled from itself."""
+    """A model that cannot be rehearsed: it runs something that was compiled from itself."""
 
 
 def staged(root: nn.Module, plan: Plan | None = None) -> nn.Module:
     """A model that shares the tensors of ``root`` and nothing else, as it would be after ``plan``; without hooks.
+
+    Recorded programs, which are no Python that could run on other tensors, are copied.
 
     Raises:
         NoStageError: part of it is no Python that could run on other tensors.
     """
     shells = Shells()
     made = {}
+    programs: set[int] = set()
     for source in root.modules():
-        if isinstance(source, torch.jit.ScriptModule) or "_orig_mod" in source._modules:
+        if "_orig_mod" in source._modules:
             raise NoStageError(type(source).__name__)
+        if isinstance(source, torch.jit.ScriptModule) and id(source) not in programs:
+            shells.remember(source, copy.deepcopy(source).eval())
+            programs |= {id(module) for module in source.modules()}
+    sources = [source for source in root.modules() if id(source) not in programs]
+    for source in sources:
         made[id(source)] = shells.shell(source)
-    for source in root.modules():
+    for source in sources:
         fields = vars(made[id(source)])
         for store in SHARED:
             fields[store] = dict(vars(source)[store])
         fields["_parameters"] = {name: _without_memory(p) for name, p in source._parameters.items()}
         for name in HOOKS:
             fields[name] = type(fields[name])()
+        fields["training"] = False  # not eval(), which exported programs refuse
     for step in [] if plan is None else plan.steps:
         if isinstance(step, SetParameter):
-            for source in root.modules():
+            for source in sources:
                 for name, parameter in source._parameters.items():
                     if parameter is step.parameter:
                         made[id(source)]._parameters[name] = _without_memory(step.data)
@@ -60,7 +70,7 @@ def staged(root: nn.Module, plan: Plan | None = None) -> nn.Module:
             replace(step, parent=made[id(step.parent)]).apply()
         elif isinstance(step, SetAttribute) and id(step.module) in made:
             replace(step, module=made[id(step.module)], value=shells.rebound(step.value)).apply()
-    return made[id(root)].eval()
+    return made[id(root)]
 
 
 def shapes(

@@ -36,7 +36,8 @@ from anypatch.errors import GeometryError, UnsupportedModelError
 SHARED = ("_parameters", "_buffers")
 FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
-OPAQUE = (*ATOMS, Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Generator)
+PLAIN = (Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Generator)
+OPAQUE = (*ATOMS, *PLAIN, torch._C.ScriptMethod, torch._C.ScriptFunction)
 TREE = "_anypatch_modules"  # in the attributes of one shell: the model's modules when the view was taken
 DEPTH = 4  # objects within objects in which modules are looked for; hosts keep them one or two deep
 
@@ -113,7 +114,7 @@ class Shells:
         if id(module) in self.made:
             return self.made[id(module)]
         shell: nn.Module = object.__new__(type(module))
-        self._remember(module, shell)
+        self.remember(module, shell)
         fields = vars(shell)
         for name, value in list(vars(module).items()):
             if name in SHARED:
@@ -147,13 +148,13 @@ class Shells:
         if isinstance(value, weakref.ReferenceType):
             return weakref.ref(self.rebound(value(), depth))
         result = copy.copy(value)
-        self._remember(value, result)
+        self.remember(value, result)
         vars(result).update({name: self.rebound(field, depth + 1) for name, field in list(vars(value).items())})
         return result
 
     def _container(self, value: Any, depth: int) -> Any:
         result = copy.copy(value)
-        self._remember(value, result)
+        self.remember(value, result)
         if isinstance(value, (set, frozenset)):
             result.clear()
             result.update(self.rebound(item, depth) for item in value)
@@ -175,7 +176,8 @@ class Shells:
             self._plain.discard(id(value))
         return found
 
-    def _remember(self, value: Any, result: Any) -> None:
+    def remember(self, value: Any, result: Any) -> None:
+        """Wherever ``value`` would be, ``result`` is."""
         self._keep.append(value)
         self.made[id(value)] = result
 
@@ -268,9 +270,9 @@ def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
         tree = self.__dict__.get(TREE)
-        if tree is not None:
-            tree.require_same()
         try:
+            if tree is not None:
+                tree.require_same()
             return self.__dict__[MARK][name].value(self, name)
         except AttributeError as error:  # else nn.Module.__getattr__ would be asked, and give the model's own tensor
             raise RuntimeError(f"{name} cannot be computed: {error}") from error

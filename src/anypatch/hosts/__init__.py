@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.fx
 from torch import nn
 
+from anypatch.core.recorded import RECORDED, programs, refusal
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Host
 
@@ -25,8 +25,6 @@ HOSTS = (
     Host("diffusers"),
     Host("generic", prefix="hub", package="anypatch.hosts.structural"),
 )
-
-RECORDED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 
 def library(name: str) -> Host:
@@ -65,12 +63,12 @@ def _require_eager(model: nn.Module) -> None:
         UnsupportedModelError: the model is one, or all of its convolutions and linear layers are in one.
     """
     if isinstance(model, RECORDED):
-        raise _recorded(type(model).__name__, model)
-    found = [(p, m) for p, m in model.named_modules() if isinstance(m, RECORDED)]
+        raise refusal(type(model).__name__, model)
+    found = list(programs(model))
     if not found or any(True for _ in _layers_outside(model, [path for path, _ in found])):
         return
     path, module = found[0]
-    raise _recorded(f"{path} of {type(model).__name__}", module)
+    raise refusal(f"{path} of {type(model).__name__}", module)
 
 
 def _layers_outside(model: nn.Module, recorded: list[str]) -> Iterator[nn.Module]:
@@ -78,13 +76,6 @@ def _layers_outside(model: nn.Module, recorded: list[str]) -> Iterator[nn.Module
         inside = any(path == outer or path.startswith(f"{outer}.") for outer in recorded)
         if not inside and isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
             yield module
-
-
-def _recorded(name: str, module: nn.Module) -> UnsupportedModelError:
-    kind = "TorchScript" if isinstance(module, torch.jit.ScriptModule) else "torch.fx or torch.export"
-    return UnsupportedModelError(
-        f"{name} is a program recorded by {kind}, with the sizes of its example in it: adapt the model before tracing"
-    )
 
 
 def by_prefix(prefix: str) -> Host | None:

@@ -35,7 +35,7 @@ def widths_of(module: nn.Module) -> set[int]:
 
 def reads_text(module: nn.Module) -> bool:
     """Whether a module has something of a text encoder's beside its tables: positions are those of words."""
-    return any(TEXT.search(name) for name in (*vars(module), *module._parameters, *module._modules))
+    return any(TEXT.search(name) for name in (*vars(module), *module._parameters.keys(), *module._modules.keys()))
 
 
 def means_another_thing(name: str, holder: nn.Module | dict[str, Any]) -> bool:

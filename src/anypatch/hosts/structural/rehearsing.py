@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.plan import Plan
+from anypatch.core.recorded import programs, told
 from anypatch.core.rehearsal import shapes, staged
 from anypatch.core.steps import SetAttribute
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
@@ -107,7 +108,9 @@ def _owned(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _suspects(plan: Plan) -> Iterator[str]:
-    """Numbers of the present geometry that people's own modules hold and that would stay."""
+    """Numbers of the present geometry that people's own modules hold and that would stay; recorded programs."""
+    for path, module in programs(plan.subject.model):
+        yield f"{path}, {told(module)}"
     numbers = _numbers(plan.subject.geometry, plan.target)
     changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
     classes: set[type] = set()
