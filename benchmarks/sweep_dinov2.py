@@ -1,9 +1,10 @@
-"""Sweep the real DINOv2 ViT-S/14 over patches 7 to 56, on Fashion-MNIST and on photographs.
+"""Runs the README's own `anypatch sweep` lines with the real DINOv2 ViT-S/14, on Fashion-MNIST and on photographs.
 
-Reports go to `docs/sweep/`, the curve of the README to `docs/figures/sweep.svg`. Features are cached, so an interrupted
-run continues.
+    python benchmarks/sweep_dinov2.py [fashion-mnist] [photos]
 
-    python benchmarks/sweep_dinov2.py [fashion-mnist] [photographs]
+Nothing is measured here: the weights and the images that the lines name are laid where the command line looks for them,
+and the lines are run as the README has them, in `.cache/sweep-dinov2`. Reports go to `docs/sweep/`, the picture that a
+line draws to `docs/figures/`. Features are cached, so an interrupted run continues.
 
 Fashion-MNIST is Debian's package `dataset-fashion-mnist`; the photographs ship inside scikit-image and scikit-learn.
 """
@@ -12,29 +13,54 @@ from __future__ import annotations
 
 import gzip
 import os
+import shlex
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import anypatch
 import dinov2
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / ".cache" / "sweep-dinov2"
+WEIGHTS = "models--timm--vit_small_patch14_dinov2.lvd142m"  # as a download from the hub is kept
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = (
     "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()  # noqa: SIM905
 )
-PATCHES = (7, 14, 16, 28, 56)
 TRAIN, TEST = 1000, 2000
 
 
-def fashion_mnist() -> Path:
+def lines() -> dict[str, list[str]]:
+    """The words of the README's sweeps, by the folder of images that each names."""
+    found = {}
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        words = shlex.split(line) if line.startswith("anypatch sweep ") else []
+        for option, value in pairwise(words):
+            if option in ("--data", "--images"):
+                found[value.rstrip("/")] = words
+    return found
+
+
+def weights() -> None:
+    """The real weights in a hub cache, so that timm's own loader finds them."""
+    dinov2.timm_model()  # writes them in the original release's names
+    snapshot = PLACE / "hub" / WEIGHTS / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(dinov2.build().with_name("timm.safetensors"), snapshot / "model.safetensors")
+    reference = PLACE / "hub" / WEIGHTS / "refs" / "main"
+    reference.parent.mkdir(exist_ok=True)
+    reference.write_text(snapshot.name)
+
+
+def fashion_mnist(folder: Path) -> None:
     """Fashion-MNIST's first images of each class as a folder `train/CLASS/*.png`, `val/CLASS/*.png`."""
-    folder = Path(".cache/fashion-mnist")
     for part, prefix, count in (("train", "train", TRAIN), ("val", "t10k", TEST)):
         images = _idx(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
         labels = _idx(f"{prefix}-labels-idx1-ubyte.gz", 8)
@@ -45,7 +71,6 @@ def fashion_mnist() -> Path:
                 target = place / f"{index:05d}.png"
                 if not target.exists():
                     Image.fromarray(images[index]).save(target)
-    return folder
 
 
 def _idx(name: str, header: int) -> NDArray[np.uint8]:
@@ -53,54 +78,36 @@ def _idx(name: str, header: int) -> NDArray[np.uint8]:
         return np.frombuffer(file.read(), np.uint8, offset=header)
 
 
-def photographs() -> Path:
+def photographs(folder: Path) -> None:
     """Two square crops of each photograph as a folder of files."""
-    folder = Path(".cache/photographs")
     folder.mkdir(parents=True, exist_ok=True)
     for name in dinov2.CHOOSING + dinov2.TESTING:
         for number, crop in enumerate(dinov2.crops([dinov2.photograph(name)], 2)):
             target = folder / f"{Path(name).stem}-{number + 1}.png"
             if not target.exists():
                 Image.fromarray(crop).save(target)
-    return folder
 
 
-def run(name: str) -> anypatch.SweepResult:
-    """One sweep, its report and its numbers."""
-    side = {"fashion-mnist": 112, "photographs": 224}[name]
-    model = anypatch.adapt(dinov2.timm_model(), image_size=side)
-    result = anypatch.sweep(
-        model,
-        PATCHES,
-        data=fashion_mnist() if name == "fashion-mnist" else None,
-        images=photographs() if name == "photographs" else None,
-        cache=".cache/sweep",
-        batch_size=4,
-        samples=4 if name == "photographs" else 6,
-        device="cpu",
-        progress=_progress,
-        reproduce=f"python benchmarks/sweep_dinov2.py {name}",
-    )
-    result.settings["model"] = f"DINOv2 ViT-S/14 at {side} pixels"
-    folder = Path("docs/sweep")
-    folder.mkdir(parents=True, exist_ok=True)
-    result.to_html(folder / f"{name}.html")
-    (folder / f"{name}.csv").write_text(result.to_csv())
-    return result
+IMAGES: dict[str, Callable[[Path], None]] = {"fashion-mnist": fashion_mnist, "photos": photographs}
 
 
-def _progress(what: str, done: int, total: int) -> None:
-    if sys.stderr.isatty() or done % 40 == 0:
-        print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+def run(name: str, words: list[str]) -> None:
+    """One line of the README, and what it wrote where the README shows it."""
+    IMAGES[name](PLACE / name)
+    here = {"HF_HUB_CACHE": str(PLACE / "hub"), "HF_HUB_OFFLINE": "1", "ANYPATCH_CACHE": str(PLACE / "features")}
+    print(shlex.join(words), flush=True)
+    command = [sys.executable, "-m", "anypatch", *words[1:]]
+    subprocess.run(command, cwd=PLACE, env={**os.environ, **here}, check=True)
+    options = dict(pairwise(words))
+    written = PLACE / options["--output"]
+    shutil.copyfile(written / "report.html", ROOT / "docs" / "sweep" / f"{name}.html")
+    shutil.copyfile(written / "sweep.csv", ROOT / "docs" / "sweep" / f"{name}.csv")
+    if "--figure" in options:
+        shutil.copyfile(PLACE / options["--figure"], ROOT / "docs" / "figures" / Path(options["--figure"]).name)
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    torch.set_num_threads(int(os.environ.get("THREADS", "1")))
-    for chosen in sys.argv[1:] or ("photographs", "fashion-mnist"):
-        found = run(chosen)
-        print(found.to_pandas().round(4).T.to_string())
-        if chosen == "fashion-mnist":
-            figures = Path("docs/figures")
-            figures.mkdir(parents=True, exist_ok=True)
-            found.plot().savefig(figures / "sweep.svg", metadata={"Date": None})
+    weights()
+    known = lines()
+    for chosen in sys.argv[1:] or known:
+        run(chosen, known[chosen])

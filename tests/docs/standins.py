@@ -148,6 +148,15 @@ def _photo(path: Path, number: int = 0) -> None:
     picture.crop((left, top, left + 400, top + 400)).save(path)
 
 
+def _classes(folder: Path) -> None:
+    """Labelled images, apart for training and testing."""
+    for part, number in (("train", 0), ("train", 2), ("val", 4)):
+        for kind in (0, 1):
+            place = folder / part / f"class-{kind}"
+            place.mkdir(parents=True, exist_ok=True)
+            _photo(place / f"{number}.jpg", number + kind)
+
+
 def _clip(folder: Path, patch: int = 16) -> None:
     size = {**_TINY, "projection_dim": 16}
     config = {
@@ -184,6 +193,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "photos": _photos,
     "my-photos": _many_photos,
     "photo.jpg": _photo,
+    "fashion-mnist": _classes,
     "clip": _clip,
     "clip-vit-large-patch14": _clip14,
     "checkpoint.pth": _vit_file,

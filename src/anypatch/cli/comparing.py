@@ -36,6 +36,9 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.csv and report.html.")],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
+    figure: Annotated[
+        Optional[Path], typer.Option(help="Also write the trade-off as a picture: sweep.svg, .png or .pdf.")
+    ] = None,
     data: Annotated[
         Optional[str],
         typer.Option(help="Labelled images: a folder train/CLASS and val/CLASS, or CLASS; or a Hugging Face dataset."),
@@ -64,10 +67,13 @@ def sweep(
 
     Start it with `accelerate launch -m anypatch sweep ...` to share the images among processes.
     """
+    from anypatch.measure.rows import figure_target
     from anypatch.measure.sweep import sweep
 
     sizes = parse_sizes(patch_size, "--patch-size")
     image = None if image_size is None else parse_image_size(image_size, "--image-size")
+    if figure is not None:
+        figure_target(figure)  # before the work
     command = " ".join(["anypatch", *(shlex.quote(a) for a in sys.argv[1:])])
     try:
         with nothing_empty_left(output), working(f"loading {source}", quiet) as progress:
@@ -98,6 +104,8 @@ def sweep(
             raise
         raise typer.Exit(2) from None  # all processes raise the same error; one says it
     if leads():
+        if figure is not None:
+            result.save_figure(figure)
         _show(result, output, json)
 
 

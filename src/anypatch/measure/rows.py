@@ -76,6 +76,23 @@ class SweepResult(Measurements):
 
         return figure(self)
 
+    def save_figure(self, path: str | Path) -> Path:
+        """Write the trade-off curves as a picture; the file's ending chooses the format, such as .svg, .png or .pdf.
+
+        Raises:
+            AnypatchError: no such format, or it cannot be written.
+        """
+        target = figure_target(path)
+        kind = target.suffix.lower()[1:]
+        picture = io.BytesIO()
+        self.plot().savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AnypatchError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+        write_whole(target, picture.getvalue())
+        return target
+
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one file that opens without a network.
 
@@ -228,6 +245,21 @@ def side(size: tuple[int, ...]) -> Side:
 def flat(value: Any) -> Any:
     """A pair of sides as text."""
     return show(value) if isinstance(value, (list, tuple)) else value
+
+
+def figure_target(path: str | Path) -> Path:
+    """The path, if matplotlib writes pictures with its ending.
+
+    Raises:
+        AnypatchError: it does not, or matplotlib is not installed.
+    """
+    _optional("matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    target, known = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if target.suffix.lower()[1:] not in known:
+        raise AnypatchError(f"{target.name}: the ending has to be a picture's, such as .svg, .png or .pdf")
+    return target
 
 
 def _optional(module: str) -> Any:
