@@ -111,6 +111,86 @@ def test_adapters_in_a_timm_model_are_merged(tmp_path: Path) -> None:
     _same_after_saving(model, tmp_path)
 
 
+def _replicated(peft: Any) -> Any:
+    return peft.get_peft_model(_vit(), peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 1], [0, 2]]))
+
+
+def _tied_weights(peft: Any) -> Any:
+    model = _vit()
+    model.layers[1].attention.q_proj.weight = model.layers[0].attention.q_proj.weight
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def _one_layer_twice(peft: Any) -> Any:
+    model = _vit()
+    model.layers[1].attention.q_proj = model.layers[0].attention.q_proj
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def _one_over_another(peft: Any) -> Any:
+    model = peft.get_peft_model(_vit(), peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
+    model.add_adapter("second", peft.LoHaConfig(target_modules=["q_proj", "v_proj"]))
+    model.set_adapter(["default", "second"])
+    return model
+
+
+@pytest.mark.parametrize("make", [_replicated, _tied_weights, _one_layer_twice, _one_over_another])
+def test_adapters_over_layers_that_share_their_weights(tmp_path: Path, make: Callable[[Any], Any]) -> None:
+    model = _shake(make(pytest.importorskip("peft")))
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(pixel_values=pixels).last_hidden_state
+        anypatch.save(model, tmp_path / "out")
+        found = transformers.ViTModel.from_pretrained(tmp_path / "out").eval()(pixels).last_hidden_state
+        assert torch.equal(model(pixel_values=pixels).last_hidden_state, wanted)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def _llava() -> Any:
+    tower = {"model_type": "clip_vision_model", **SMALL, "image_size": 32, "patch_size": 16}
+    text = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 60,
+    }
+    text |= {"intermediate_size": 64, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
+    config = transformers.LlavaConfig(
+        vision_config=tower, text_config=text, image_token_index=50, tie_word_embeddings=True
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_an_adapter_over_one_of_two_tied_layers_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = _shake(peft.get_peft_model(_llava(), peft.LoraConfig(target_modules=["lm_head"])))
+    with pytest.raises(UnsupportedModelError, match=r"rebuilt otherwise, with .*lm_head\.weight"):
+        anypatch.save(model, tmp_path / "out")
+
+
+def test_adapters_that_are_tied_themselves_keep_the_tie(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 3])
+    model = _shake(peft.get_peft_model(_llava(), config))
+    inputs = {"pixel_values": torch.randn(1, 3, 32, 32), "input_ids": torch.tensor([[1, 50, 50, 50, 50, 3]])}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        anypatch.save(model, tmp_path / "out")
+        found = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()(**inputs).logits
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_that_do_not_merge_exactly_are_refused_by_name(tmp_path: Path) -> None:
+    """PEFT's trained rows leave out the bias of a linear layer as long as they are not merged."""
+    peft = pytest.importorskip("peft")
+    config = peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["q_proj"])
+    model = _shake(peft.get_peft_model(_vit(), config))
+    with pytest.raises(UnsupportedModelError, match=r"adapter over layers\.0\..*q_proj \(TrainableTokensLayer\)"):
+        anypatch.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_trained_prompts_are_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(_vit(), peft.LoraConfig(target_modules=["q_proj"]))

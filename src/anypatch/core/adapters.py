@@ -25,12 +25,25 @@ def unwrap(model: nn.Module) -> nn.Module:
         inner = model._modules.get("_orig_mod")
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model._modules.get("module")
-        if inner is None and type(model).__module__.split(".")[0] == "peft" and hasattr(model, "get_base_model"):
-            inner = cast(Any, model).get_base_model()
+        if inner is None and is_peft(model) and not wrapped(model):
+            inner = _based(model)
         if inner is None or inner is model:
             return model
         model = inner
     return model
+
+
+def is_peft(module: nn.Module) -> bool:
+    """Whether a module is PEFT's: a whole model's wrapper, or an adapter over a layer."""
+    return type(module).__module__.split(".")[0] == "peft"
+
+
+def _based(model: nn.Module) -> nn.Module | None:
+    """The model that one of PEFT's wrappers is around; a mixed one has no function that says so."""
+    if hasattr(model, "get_base_model"):
+        return cast(nn.Module, cast(Any, model).get_base_model())
+    tuner = model._modules.get("base_model")
+    return None if tuner is None else tuner._modules.get("model")
 
 
 @dataclass(frozen=True)

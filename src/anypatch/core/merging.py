@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from anypatch.core.adapters import unwrap
+from anypatch.core.adapters import is_peft, unwrap, wrapped
+from anypatch.core.merging_proof import Answers
 from anypatch.errors import UnsupportedModelError
 
 # Forward pre-hooks of torch that compute a weight from others: class, and where the name of the weight is kept.
@@ -30,7 +32,7 @@ def merged(model: nn.Module) -> nn.Module:
         UnsupportedModelError: adapters that cannot be merged.
     """
     for wrapper in model.modules():
-        prompts = wrapper._modules.get("prompt_encoder") if _is_peft(wrapper) else None
+        prompts = wrapper._modules.get("prompt_encoder") if is_peft(wrapper) else None
         if prompts is not None and any(True for _ in prompts.children()):
             raise UnsupportedModelError(
                 "the model has trained prompts of PEFT, which are no part of its library's format: save them with "
@@ -55,19 +57,19 @@ def merged(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for module in list(result.modules()):
             _compute(module)
+        parted = _part(result)
+        answers = Answers(result)
         _merge_adapters(result)
+        answers.require_same(result)
+        _join(parted)
     for name in ("peft_config", "_hf_peft_config_loaded"):  # what PEFT and transformers leave on a model with adapters
         vars(result).pop(name, None)
     return result
 
 
-def _is_peft(module: nn.Module) -> bool:
-    return type(module).__module__.split(".")[0] == "peft"
-
-
 def _is_special(module: nn.Module) -> bool:
     return (
-        _is_peft(module)
+        is_peft(module)
         or _wrapped(module) is not None
         or parametrize.is_parametrized(module)
         or any(_computing(module))
@@ -95,7 +97,7 @@ def _computing(module: nn.Module) -> Iterator[tuple[Any, str]]:
 def _kept(model: nn.Module, special: list[nn.Module]) -> Iterator[torch.Tensor]:
     """Tensors that no merging writes to."""
     touched = {id(t) for m in special if _wrapped(m) is None for t in (*m.parameters(), *m.buffers())}
-    if _is_peft(model):
+    if is_peft(model):
         touched = {id(t) for t in (*model.parameters(), *model.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in touched:
@@ -135,9 +137,44 @@ def _value(hook: Any, module: nn.Module) -> torch.Tensor:
     return cast(torch.Tensor, hook.compute_weight(module, **arguments))
 
 
+def _part(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Give layers under adapters weights of their own where others have the same: only theirs will change.
+
+    Returns:
+        those that were one parameter, as modules and names.
+    """
+    adapters = [module for module in model.modules() if is_peft(module)]
+    held = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for adapter in adapters:
+        inner = adapter._modules.get("base_layer")
+        if inner is not None and held[id(inner)] > 1:
+            held[id(inner)] -= 1
+            adapter._modules["base_layer"] = copy.deepcopy(inner)
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((module, name))
+    layers = {id(layer) for adapter in adapters for layer in wrapped(adapter)}
+    parted = [group for group in users.values() if len(group) > 1 and any(id(module) in layers for module, _ in group)]
+    for module, name in (user for group in parted for user in group[1:]):
+        shared = cast(nn.Parameter, module._parameters[name])
+        module._parameters[name] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+    return parted
+
+
+def _join(parted: list[list[tuple[nn.Module, str]]]) -> None:
+    """Make one parameter again of those that came out equal: adapters that are tied themselves keep the tie."""
+    for (first, own), *others in parted:
+        for module, name in others:
+            kept, found = first._parameters[own], module._parameters[name]
+            if kept is not None and found is not None and torch.equal(kept, found):
+                module._parameters[name] = kept
+
+
 def _merge_adapters(module: nn.Module) -> None:
     for name, child in list(module._modules.items()):
-        if child is not None and _is_peft(child):
+        if child is not None and is_peft(child):
             module._modules[name] = child = _unwrapped(child, name)
         if child is not None:
             _merge_adapters(child)
@@ -146,6 +183,9 @@ def _merge_adapters(module: nn.Module) -> None:
 def _unwrapped(layer: Any, name: str) -> nn.Module:
     """The layer that an adapter wraps, with what the adapter adds to it."""
     disabled = getattr(layer, "disable_adapters", False)
+    below = layer._modules.get("base_layer")
+    if below is not None and is_peft(below):  # one kind of adapter over another
+        layer._modules["base_layer"] = _unwrapped(below, name)
     try:
         if disabled:
             if getattr(layer, "merged", False):
