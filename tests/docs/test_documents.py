@@ -111,6 +111,25 @@ def test_readme_has_no_relative_links() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_errors_that_troubleshooting_quotes_are_those_that_are_said() -> None:
+    """The words between the values, which an ellipsis or a number stands for."""
+    import ast
+    import re
+
+    said = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    text = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [row for row in re.findall(r"^\| (.*?) \|", text, re.M) if "from the host" not in row]
+    quoted = [words for row in rows for words in re.findall("`([^`]* [^`]*)`", row)]
+    assert len(quoted) > 5
+    for words in quoted:
+        for piece in re.split(r"…|\d\w*", words):
+            assert any(piece.strip() in sentence for sentence in said), words
+
+
 def test_contributing_names_what_exists() -> None:
     """Paths are there, every verb of the host contract stands in its room, every target of make is one."""
     import re
