@@ -23,7 +23,7 @@ from anypatch.core.display import facts_table
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
 from anypatch.core.modes import on_its_own
-from anypatch.core.outputs import named_tensors
+from anypatch.core.outputs import named_tensors, ungrown
 from anypatch.core.placement import require_values
 from anypatch.core.twins import Subject
 from anypatch.core.views import standing
@@ -276,14 +276,11 @@ class _Sizes:
         for those that were seen to be pictures.
         """
         old, new = self.old.image_size, self.new.image_size
-        if old is None or new is None or before.ndim < 3:
+        if old is None or new is None:
             return False
         if old[-2] in _counts(self.old) and name not in self.pictures:
             return False
-        for start in (before.ndim - 2, before.ndim - 3) if before.ndim > 3 else (1,):  # NCHW, NHWC, NHW
-            if tuple(before.shape[start : start + 2]) == old[-2:]:
-                return tuple(after.shape[start : start + 2]) != new[-2:]
-        return False
+        return ungrown(before.shape, after.shape, old, new)
 
 
 def _compare(before: _Run, after: _Run, sizes: _Sizes, target: Size) -> Check:

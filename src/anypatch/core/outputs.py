@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,3 +37,21 @@ def named_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[
     elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
         for key, item in list(vars(value).items()):
             yield from named_tensors(item, f"{path}.{key}", depth + 1)
+
+
+def ungrown(before: Sequence[int], after: Sequence[int], old: Sequence[int], new: Sequence[int]) -> bool:
+    """Whether an output that was as large as the image is not as large as the new one, pixels being on the axes of
+    NCHW, NHWC or NHW.
+
+    Examples:
+        >>> ungrown((1, 5, 64, 64), (1, 5, 64, 64), (64, 64), (128, 128))
+        True
+        >>> ungrown((1, 64, 64), (1, 128, 128), (64, 64), (128, 128))
+        False
+    """
+    if len(before) < 3:
+        return False
+    for start in (len(before) - 2, len(before) - 3) if len(before) > 3 else (1,):
+        if tuple(before[start : start + 2]) == tuple(old[-2:]):
+            return tuple(after[start : start + 2]) != tuple(new[-2:])
+    return False

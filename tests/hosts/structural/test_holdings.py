@@ -218,6 +218,56 @@ FOLLOWED: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def times_four_twice(self: Any, tokens: Tensor) -> Tensor:
+    """Tokens at patch 16 to pixels, with no number that is one of the geometry."""
+    side = int(tokens.shape[1] ** 0.5)
+    tokens = tokens.mT.reshape(len(tokens), -1, side, side)
+    return F.interpolate(F.interpolate(tokens, scale_factor=2**2), scale_factor=2**2)
+
+
+def doubled(self: Any, tokens: Tensor) -> Tensor:
+    side = int(tokens.shape[1] ** 0.5)
+    tokens = tokens.mT.reshape(len(tokens), -1, side, side)
+    while tokens.shape[-1] < self.coarsest * side:
+        tokens = F.interpolate(tokens, scale_factor=2)
+    return tokens
+
+
+def reduced(self: Any, tokens: Tensor) -> Tensor:
+    side = int(tokens.shape[1] ** 0.5)
+    return F.interpolate(tokens.mT.reshape(len(tokens), -1, side, side), scale_factor=self.red)
+
+
+ENLARGING: dict[str, tuple[Any, dict[str, Any]]] = {
+    "in steps": (times_four_twice, {}),
+    "in a loop": (doubled, {"coarsest": 9}),
+    "by an odd name": (reduced, {"red": 16}),
+}
+
+
+@pytest.mark.parametrize("kind", ENLARGING)
+def test_a_map_as_large_as_the_image_that_would_not_grow_with_it_is_refused(kind: str) -> None:
+    use, held = ENLARGING[kind]
+    for sizes in ({"patch_size": 32, "keep": "grid"}, {"patch_size": 32}):
+        refused(
+            Around(vit(), use, **held), "as large as the image, and would become|keeps the size of the image", **sizes
+        )
+    model = Around(vit(), use, **held)
+    anypatch.adapt(model, image_size=96)
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 48, 96, 96)
+
+
+def test_a_map_that_is_enlarged_to_the_image_follows_it() -> None:
+    def resized(self: Any, tokens: Tensor) -> Tensor:
+        side = int(tokens.shape[1] ** 0.5)
+        patch = self.model.patch_embed.patch_size[0]
+        return F.interpolate(tokens.mT.reshape(len(tokens), -1, side, side), scale_factor=patch)
+
+    model = Around(vit(), resized)
+    anypatch.adapt(model, 32, keep="grid")
+    assert model(torch.randn(1, 3, 128, 128)).shape == (1, 48, 128, 128)
+
+
 @pytest.mark.parametrize("made", [vit, pytest.param(HandMade, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_what_follows_gives_what_a_wrapper_around_an_adapted_model_gives(kind: str, made: Callable[[], Any]) -> None:

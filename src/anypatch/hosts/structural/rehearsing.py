@@ -1,8 +1,10 @@
 """What neither names nor shapes tell of people's own modules, rehearsed: numbers in code, and behind odd names.
 
-Where a module of the user's holds a number of the present geometry that nothing follows, the model is run before
-anything is changed, as it is and as it would be, on tensors that have shapes alone. What runs today and would not
-afterwards is refused, and so is a map of tokens or of pixels that would keep its old sides while the rest of it grows.
+Where there is a module of the user's, the model is run before anything is changed, as it is and as it would be, on
+tensors that have shapes alone. A map that is as large as the image and would not be afterwards is refused (a decoder
+that enlarges tokens as often as the present patch needs), and so is one that would keep its old sides while the rest
+of it grows. Where the user's module holds a number of the present geometry that nothing follows, what runs today and
+would not afterwards is refused, too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.outputs import ungrown
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
 from anypatch.core.rehearsal import shapes, staged
@@ -43,7 +46,7 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
     old, new = plan.subject.geometry, plan.target
     squared = _becomes_rectangular(old, new)
     suspects = list(dict.fromkeys(_suspects(plan)))
-    if not suspects and not (squared and any(True for _ in _owned(plan.subject.model))):
+    if not suspects and not any(True for _ in _owned(plan.subject.model)):
         return
     run = Rehearsal(plan.subject.model, example)
     before = run.at(None, old)
@@ -53,7 +56,9 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
     after = run.at(plan, new)
     if isinstance(after, Exception):
         why = _line(str(after) or type(after).__name__)
-        if squared and not suspects:
+        if not suspects and not squared:
+            return  # perhaps it was fed what fits the present geometry alone
+        if not suspects:
             raise _square(plan, why)
         raise UnsupportedModelError(
             f"{type(plan.subject.model).__name__} runs as it is, but would not at patch {show(new.patch_size)} and "
@@ -62,11 +67,17 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
         )
     for name, shape in before.items():
         stale = _stale(shape, after.get(name, shape), old, new)
-        if stale:
+        if stale and (suspects or squared):
             raise UnsupportedModelError(
                 f"output{name} of {type(plan.subject.model).__name__} is {shape}, and would become {after[name]}, "
                 f"which keeps {stale}: {told}, which nothing says how to follow. Adapt the model inside on its own, "
                 f"and set this by hand"
+            )
+        if _shrinks(shape, after.get(name, shape), old, new):
+            raise UnsupportedModelError(
+                f"output{name} of {type(plan.subject.model).__name__} is {shape}, as large as the image, and would "
+                f"become {after[name]} for an image of {show(new.image_size)}: {told}, which nothing says how to "
+                f"follow. Adapt the model inside on its own, and change what enlarges its tokens by hand"
             )
     if squared and math.isqrt(math.prod(new.grid or ())) ** 2 == math.prod(new.grid or ()):
         _require_no_root(run, remake, plan, before)
@@ -200,6 +211,16 @@ def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> str:
                 if after[i] == count and before[:i] + before[i + 1 :] != after[:i] + after[i + 1 :]:
                     return f"the number of tokens ({count})"
     return ""
+
+
+def _shrinks(before: Size, after: Size, old: Geometry, new: Geometry) -> bool:
+    """Whether an output as large as the image would not be; not told where the side is the number of tokens, too."""
+    if old.image_size is None or new.image_size is None or min(old.image_size[-2:]) <= TELLING:
+        return False
+    tokens = math.prod(old.grid or ())
+    if old.image_size[-2] in (tokens, tokens + old.prefix_tokens):
+        return False
+    return ungrown(before, after, old.image_size, new.image_size)
 
 
 def _becomes_rectangular(old: Geometry, new: Geometry) -> bool:
