@@ -334,3 +334,9 @@ def test_a_mapping_that_loads_when_it_is_asked_is_not_asked() -> None:
             return 16
 
     anypatch.adapt(Around(vit(), lambda s, t: t.mean(1), lazy=Lazy()), image_size=96)
+
+
+def test_tokens_as_many_and_as_wide_as_the_image_are_no_map_of_it() -> None:
+    model = Around(vit(patch_size=8, embed_dim=64, num_heads=4), lambda s, t: t, n_tok=64)
+    anypatch.adapt(model, 16, keep="grid")
+    assert model(torch.randn(1, 3, 128, 128)).shape == (1, 64, 64)

@@ -197,7 +197,7 @@ def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> str:
     if old.grid is not None and new.grid is not None:
         sizes.append(("the grid", old.grid[-2:], new.grid[-2:]))
     for what, a, b in sizes:
-        if a == b or min(a) <= TELLING:
+        if a == b or min(a) <= TELLING or (len(before) == 3 and _counted(a[0], old)):  # tokens, and their width
             continue
         for i in range(1, len(before) - 1):
             kept = before[i : i + 2] == a == after[i : i + 2]
@@ -217,10 +217,13 @@ def _shrinks(before: Size, after: Size, old: Geometry, new: Geometry) -> bool:
     """Whether an output as large as the image would not be; not told where the side is the number of tokens, too."""
     if old.image_size is None or new.image_size is None or min(old.image_size[-2:]) <= TELLING:
         return False
-    tokens = math.prod(old.grid or ())
-    if old.image_size[-2] in (tokens, tokens + old.prefix_tokens):
-        return False
-    return ungrown(before, after, old.image_size, new.image_size)
+    return not _counted(old.image_size[-2], old) and ungrown(before, after, old.image_size, new.image_size)
+
+
+def _counted(side: int, geometry: Geometry) -> bool:
+    """Whether a number is also that of the tokens."""
+    tokens = math.prod(geometry.grid or ())
+    return side in (tokens, tokens + geometry.prefix_tokens)
 
 
 def _becomes_rectangular(old: Geometry, new: Geometry) -> bool:
