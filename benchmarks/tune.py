@@ -116,7 +116,8 @@ def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[st
         tuned, images=training(), patch_size=patches if several else patches[0], image_size=IMAGE, steps=steps,
         learning_rate=rate, num_workers=0, device="cpu",
     )  # fmt: skip
-    found |= {"cpu_seconds": time.process_time() - began, "settings": result.settings, "curve": result.curve}
+    found |= {"cpu_seconds": time.process_time() - began, "settings": result.settings, "curve": result.curve,
+              "notes": result.notes}  # fmt: skip
     faces = {p: anypatch.at(tuned, p, IMAGE) if several else tuned for p in patches}
     found["after"] = {p: measured(face, reference, pixels) for p, face in faces.items()}
     if patches == [28]:

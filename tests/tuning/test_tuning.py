@@ -338,7 +338,7 @@ def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkey
     assert 8 <= taken <= 15
     assert begun == start
     assert rate == schedule.FIRST_RATE * schedule.FACTOR ** (taken // 4 - 1)  # such a model wants a higher one
-    assert not notes
+    assert notes[0].startswith(f"learning rate {rate:g} by the held-out loss after 4 steps: ")
     taken, _, rate, notes = stopped_before_training(monkeypatch, images=photos, steps=20)
     assert (taken, rate) == (0, schedule.FIRST_RATE)
     assert "too few steps to try learning rates" in notes[0]
@@ -538,6 +538,59 @@ def test_a_model_that_wants_more_than_pixels_is_refused_by_name(photos: Path) ->
     with pytest.raises(UnsupportedModelError, match="features of Packed cannot be read from images alone"):
         anypatch.tune(model, images=photos, patch_size=8, steps=1, **OPTIONS)
     assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("kind", ["Siglip2Model", "Siglip2VisionModel"])
+def test_a_model_of_packed_patches_is_refused_by_name(kind: str, photos: Path) -> None:
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = transformers.Siglip2VisionConfig(**small, num_patches=64, patch_size=4)
+    text = {**small, "vocab_size": 9, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    both = transformers.Siglip2Config(text_config=text, vision_config=vision.to_dict())
+    model: Any = randomised(getattr(transformers, kind)(vision if kind == "Siglip2VisionModel" else both))
+    before = weights(model)
+    with pytest.raises(GeometryError, match="takes any image size: say which to tune at, image_size="):
+        anypatch.tune(model, images=photos, patch_size=8, steps=1, **OPTIONS)
+    with pytest.raises(UnsupportedModelError, match=f"features of {kind} cannot be read from images alone"):
+        anypatch.tune(model, images=photos, patch_size=8, image_size=32, steps=1, **OPTIONS)
+    assert same(before, weights(model))
+
+
+class AnySize(nn.Module):
+    """A ViT without a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_size = 4
+        self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 48, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)
+        )
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        tokens = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.forward_features(pixels).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("patches", "image", "seen"), [(8, 32, ["32x32"]), ((8, 16), (32, 48), ["32x48"] * 2), (7, 42, ["42x42"])]
+)
+def test_a_model_of_any_image_size_is_tuned_at_the_one_that_is_named(
+    patches: Any, image: Any, seen: list[str], photos: Path
+) -> None:
+    model: Any = randomised(AnySize())
+    result = anypatch.tune(
+        model, images=photos, patch_size=patches, image_size=image, steps=4, learning_rate=1e-3, **OPTIONS
+    )
+    assert [row["image_size"] for row in result.rows] == seen
+    assert result.gained
+    assert anypatch.geometry(model).patch_size == ((4, 4) if isinstance(patches, tuple) else (patches, patches))
 
 
 def test_output_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:

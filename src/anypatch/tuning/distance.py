@@ -28,16 +28,11 @@ class Face:
     host: Host
     preprocess: Preprocess
     device: torch.device
+    image_size: tuple[int, int]
 
     @property
     def geometry(self) -> Geometry:
         return self.subject.geometry
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        size = self.geometry.image_size
-        assert size is not None  # models of any size were given one
-        return size[-2], size[-1]
 
     def __call__(self, pixels: Tensor) -> Features:
         """Features of bytes (n, c, h, w)."""
@@ -58,11 +53,20 @@ class Face:
         return self.preprocess.normalise(pixels.to(self.device)).to(_dtype(self.subject.model))
 
 
-def face(model: nn.Module, preprocess: Preprocess, device: torch.device) -> Face:
-    """A model as a face, in evaluation mode: a random student never meets its teacher."""
+def face(model: nn.Module, preprocess: Preprocess, device: torch.device, any_size: Sequence[int] | None = None) -> Face:
+    """A model as a face, in evaluation mode: a random student never meets its teacher.
+
+    Args:
+        model: at its geometry.
+        preprocess: of its images.
+        device: where it is.
+        any_size: of the images, for a model that takes any.
+    """
     model.eval()
     subject = describe(model)
-    return Face(subject, host(model), preprocess, device)
+    size = subject.geometry.image_size or any_size
+    assert size is not None  # models of any size were given one
+    return Face(subject, host(model), preprocess, device, (size[-2], size[-1]))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

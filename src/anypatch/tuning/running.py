@@ -225,7 +225,7 @@ class Run:
         _unfreeze(student)
         teacher_size = _teacher_size(self.user, self.native, self.asked.image_size)
         moved = self.user if _is_on(self.user, device) else copy.deepcopy(unwrap(self.user)).to(device)
-        teacher = face(at(moved, None, teacher_size), self.preprocess, device)
+        teacher = face(at(moved, None, teacher_size), self.preprocess, device, teacher_size)
         options: Any = {"keep": self.asked.keep, "kernel": self.asked.kernel, "positions": self.asked.positions}
         if not self.asked.several:
             adapt(student, next(iter(self.targets)), self.asked.image_size, **options)
@@ -236,8 +236,9 @@ class Run:
                 at(student, patch, self.asked.image_size, **options) if self.asked.several else student,
                 self.preprocess,
                 device,
+                target.image_size,
             )
-            for patch in self.targets
+            for patch, target in self.targets.items()
         }
         held_out: dict[tuple[int, int], list[torch.Tensor]] = {}
         failures: dict[int, str] = {}
@@ -374,7 +375,7 @@ def _teacher_size(model: nn.Module, native: Geometry, image_size: ImageSizeLike 
         return None
     with contextlib.suppress(GeometryError):
         make_plan(model, None, image_size)
-        return image_size
+        return image_size if native.image_size else as_size(image_size, len(native.patch_size), "image_size", None)
     if isinstance(image_size, str):
         return image_size
     sides = as_size(image_size, len(native.patch_size), "image_size", native.image_size)[-2:]

@@ -266,7 +266,12 @@ class Trainer:
                 best *= factor
             if best != first:
                 break
-        return min(found, key=lambda peak: (found[peak], peak))
+        best = min(found, key=lambda peak: (found[peak], peak))
+        tried = ", ".join(f"{peak:g} {loss:.4f}" for peak, loss in sorted(found.items()))
+        self.notes.append(
+            f"learning rate {best:g} by the held-out loss after {schedule.trial_steps(steps)} steps: {tried}"
+        )
+        return best
 
     def _trial(self, peak: float, steps: int) -> float:
         """The held-out loss after so many steps; infinite if the rate diverges."""
