@@ -76,6 +76,7 @@ def test_adapters_are_merged(tmp_path: Path, kind: str, injected: bool) -> None:
     peft = pytest.importorskip("peft")
     make = peft.inject_adapter_in_model if injected else lambda config, model: peft.get_peft_model(model, config)
     model = _shake(make(ADAPTERS[kind](peft), _vit()))
+    model._hf_peft_config_loaded = injected  # what transformers' own add_adapter leaves beside what it injects
     anypatch.adapt(model, 32, image_size=128)
     pixels = torch.randn(1, 3, 128, 128)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -87,6 +88,21 @@ def test_adapters_are_merged(tmp_path: Path, kind: str, injected: bool) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("model_there", [False, True])
+def test_a_directory_with_an_adapter_takes_no_whole_model(tmp_path: Path, model_there: bool) -> None:
+    """transformers would put that adapter on the model beside it, which was never trained with it."""
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(_vit(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "out")
+    if model_there:
+        _vit().save_pretrained(tmp_path / "out")
+    before = _contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"out holds an adapter of PEFT .*name another directory"):
+        anypatch.save(_vit(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"out holds an adapter"):
+        anypatch.convert(tmp_path / "out", tmp_path / "other", 32)
+    assert _contents(tmp_path) == before
 
 
 def test_adapters_that_are_switched_off_are_left_out(tmp_path: Path) -> None:

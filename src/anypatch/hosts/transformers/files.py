@@ -22,7 +22,7 @@ from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import candidates, fit
 from anypatch.hosts.transformers.model import make, subject
 from anypatch.hosts.transformers.opening import open_folder
-from anypatch.hosts.transformers.safety import is_adapter, require_model, require_safe_source
+from anypatch.hosts.transformers.safety import is_adapter, require_model, require_no_adapter, require_safe_source
 
 __all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
 
@@ -136,6 +136,9 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
             the model with sizes that fit it. Processors and tokenizers beside the checkpoint that the model was
             loaded from come along, the processors with sizes that fit. The rest is ``save_pretrained``'s.
     """
+    require_no_adapter(
+        final, "name another directory, or move the adapter away, for adapters are merged in what is saved"
+    )
     processor = extras.pop("processor", None)
     live, model = model, _as_written(model)
     model.save_pretrained(str(directory), **{"state_dict": _untied(model), **extras})  # type: ignore[operator]

@@ -19,7 +19,7 @@ from anypatch.files.shards import INDEX, Shards, read_shards
 from anypatch.hosts.opened import Opened, dump, merged
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import class_of
-from anypatch.hosts.transformers.safety import require_model
+from anypatch.hosts.transformers.safety import require_model, require_no_adapter
 
 
 def open_folder(source: Path) -> Opened:
@@ -30,6 +30,7 @@ def open_folder(source: Path) -> Opened:
         UnsupportedModelError: transformers is not installed.
     """
     require_model(str(source), {})
+    require_no_adapter(source, "load it with anypatch.load and save it with anypatch.save, which merges them")
     raw = read_config(source / "config.json")
     shards = read_shards(source)
     try:

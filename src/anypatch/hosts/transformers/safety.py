@@ -114,6 +114,22 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / CONFIG).exists()
 
 
+def require_no_adapter(folder: Path, what: str) -> None:
+    """A directory for a whole model holds no adapter, which transformers would put on that model as it loads it.
+
+    Args:
+        folder: the directory.
+        what: what to do instead.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter of PEFT ({ADAPTER}), which transformers puts on the model beside it: {what}"
+        )
+
+
 def require_model(name: str, options: Mapping[str, Any]) -> None:
     """A directory holds more than an adapter.
 
