@@ -178,12 +178,29 @@ def _write_clip(folder: Path, vision: dict[str, Any], text: dict[str, Any], weig
         ({"timm_model_name": "hf-hub:evil/evil"}, {}, "no architecture"),
         ({}, {"hf_model_name": "/evil"}, "no name on a hub"),
         ({}, {"hf_model_name": "../evil"}, "no name on a hub"),
+        ({}, {"hf_model_name": "some/evil"}, "nothing is fetched.*hf download some/evil config.json"),
+        ({}, {"hf_model_name": "evil"}, "nothing is fetched"),
         ({"act_kwargs": {"x": "/evil"}}, {}, "but a place"),
         ({"layers": 10**8}, {}, "layers is 100000000"),
     ],
 )
 def test_open_clip(place: Path, vision: dict[str, Any], text: dict[str, Any], match: str) -> None:
     _refused(_clip(place, vision, text), match)
+
+
+def test_text_towers_that_are_here_already(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What open_clip's own models name, and what is in the hub's cache; a tokenizer is not asked for at all."""
+    from huggingface_hub import constants
+
+    from anypatch.hosts.open_clip.safety import require_safe
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
+    _cached(place / "hub", {"config.json": json.dumps({"model_type": "bert"})})
+    for number, name in enumerate(("some/evil", "roberta-base", "google/mt5-base")):
+        folder = place / str(number)
+        folder.mkdir()
+        _write_clip(folder, {}, {"hf_model_name": name, "hf_tokenizer_name": "some/other"})
+        assert require_safe(folder)["text_cfg"]["hf_model_name"] == name
 
 
 def test_open_clip_without_weights(place: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from anypatch.hosts.timm.safety import checked_folder
 CONFIG, HUB = "open_clip_config.json", "hf-hub:"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 # Texts that are names on a hub, which have one slash; everything else in a configuration has none.
-HUB_NAMES = frozenset(("hf_model_name", "hf_tokenizer_name"))
+TEXT_TOWER = "hf_model_name"
+HUB_NAMES = frozenset((TEXT_TOWER, "hf_tokenizer_name"))
 
 
 def require_safe(directory: Path) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def require_safe_config(path: Path, tower: Path | None = None) -> dict[str, Any]
             continue
         if key in HUB_NAMES:
             _require_hub_name(value, f"{path}: {key}")
+            if key == TEXT_TOWER and tower is not None:
+                _require_here(value, f"{path}: {key}")
         elif key == "timm_model_name":
             require_name(value, f"{path}: {key}")
         elif PLACE.search(value):
@@ -62,6 +67,33 @@ def _require_hub_name(value: str, where: str) -> None:
         or PLACE.search(value.replace("/", ""))
     ):
         raise CheckpointError(f"{where} is {value[:100]!r}, which is no name on a hub but a place")
+
+
+def _require_here(name: str, where: str) -> None:
+    """The text tower that a directory names is one that open_clip's own models have, or is in the hub's cache.
+
+    Raises:
+        CheckpointError: open_clip would fetch it on the word of the directory alone.
+    """
+    if name in _own_text_towers():
+        return
+    with contextlib.suppress(ImportError, ValueError):  # ValueError: a name that no repository can have
+        from huggingface_hub import try_to_load_from_cache
+
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    raise CheckpointError(
+        f"{where} is {name[:100]!r}, a text tower that none of open_clip's own models has, and nothing is fetched from "
+        f"a hub because a directory says so: fetch it first, with hf download {name[:100]} config.json"
+    )
+
+
+@lru_cache(maxsize=1)
+def _own_text_towers() -> frozenset[str]:
+    import open_clip
+
+    configs = (open_clip.get_model_config(name) for name in open_clip.list_models())
+    return frozenset(c["text_cfg"][TEXT_TOWER] for c in configs if TEXT_TOWER in (c.get("text_cfg") or {}))
 
 
 def require_no_code(name: str) -> None:
