@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 import anypatch
 from anypatch.errors import UnsupportedModelError
+from builders import random_vit
 
 SCALE = torch.tensor([0.2, 0.5, 1.5]).view(3, 1, 1)
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,3 +85,68 @@ def test_places_may_not(host: str, what: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"proj \(Around\) pads, pools or moves pixels before"):
         anypatch.adapt(model, 8, keep="grid")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, spread = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, (self.weight - mean) / spread, self.bias, self.stride)
+
+
+class PerEntry(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight / weight[0].numel() ** 0.5, bias)
+
+
+class Scaled(nn.Conv2d):
+    """In proportion to its weight, by a number that was set when it was made."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.scale = (self.in_channels * self.kernel_size[0] ** 2) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight * self.scale, self.bias, self.stride)
+
+
+class Gained(Scaled):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight * self.gain, self.bias, self.stride)
+
+
+class Embedded(nn.Module):
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.patch_embed, self.pos_embed = projection, nn.Parameter(torch.randn(1, 16, 8))
+        self.attn = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(self.patch_embed(x).flatten(2).mT + self.pos_embed)
+
+
+@pytest.mark.parametrize("kind", [Standardized, PerEntry])
+@pytest.mark.parametrize("patch", [2, 8])
+def test_a_kernel_that_is_not_in_proportion_to_the_weight_is_refused(kind: type, patch: int) -> None:
+    models = Embedded(kind(3, 8, 4, 4)), random_vit()
+    models[1].patch_embed.proj = kind(3, 16, 8, 8)
+    for model, factor in zip(models, (1, 2), strict=True):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(UnsupportedModelError, match=f"{kind.__name__} computes its kernel from its weight"):
+            anypatch.adapt(model, factor * patch, keep="grid")
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Scaled, Gained])
+def test_a_kernel_in_proportion_to_the_weight_follows(kind: type) -> None:
+    calls: list[str] = []
+    model = Embedded(kind(3, 8, 4, 4)).half()
+    model.patch_embed.register_forward_hook(lambda *_: calls.append("called"))
+    anypatch.adapt(model, 2, keep="grid")
+    assert model.patch_embed.weight.dtype == torch.float16
+    assert all(parameter.dtype == torch.float16 for parameter in model.parameters())
+    assert not calls
+    assert anypatch.check(model, 8).passed

@@ -26,6 +26,7 @@ from anypatch.core.diff import (
 )
 from anypatch.core.flattened import require_places
 from anypatch.core.geometry import Geometry
+from anypatch.core.pixelwise import require_own_kernel
 from anypatch.core.placement import Touched, kept, require_movable, require_values
 from anypatch.core.recorded import require_open
 from anypatch.core.roles import Case, Role, role_of
@@ -198,6 +199,8 @@ class _Binder:
             if tensor is None or id(tensor) in self.parameters:
                 continue  # taken away, or tied
             role, new = _resampled(edit.case, tensor)
+            if role.text.startswith("patch projection"):
+                require_own_kernel(edit.full, live)
             new = self.tied.setdefault(_memory(tensor), new)
             if isinstance(tensor, nn.Parameter):
                 self.parameters[id(tensor)] = SetParameter(tensor, new, role)
