@@ -207,7 +207,7 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
     whole: whatever happens before leaves what was there. A model that is there is replaced, in whatever library's
     format; all other files stay. Adapters of PEFT are merged, parametrised weights computed, in what is written; the
     live model is left alone. An adapted model gets a card: what it was, what it became, how, with which version; the
-    card of the directory that it was loaded from comes along.
+    card and the licence of the directory that it was loaded from come along.
 
     Args:
         model: any model that :func:`anypatch.adapt` takes.
@@ -228,9 +228,9 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
         inner = merged(standing(model))
         with atomic.replacing_directory(path, replaced, parents=True) as place:
             _write(library, inner, place, path, extras)
-            kept = cards.own_card(source)
-            if kept is not None and not (place / cards.CARD).exists():
-                copy_within(kept, kept.parent, place / cards.CARD)
+            for kept in cards.beside(source, path):
+                if not (place / kept.name).exists():
+                    copy_within(kept, kept.parent, place / kept.name)
             texts = cards.card(library.name, library.version, type(inner).__name__, steps, source, path)
             for name, text in texts.items():
                 (place / name).write_text(text, encoding="utf-8")

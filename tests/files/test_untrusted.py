@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -740,3 +741,44 @@ def test_sizes_below_nothing(place: Path, size: dict[str, Any]) -> None:
         with pytest.raises((CheckpointError, anypatch.UnsupportedModelError)):
             call()
     assert not (place / "out").exists()
+
+
+ACTS = {
+    "load": lambda source, target: anypatch.load(source, 16, 64),
+    "save": lambda source, target: anypatch.save(anypatch.load(source, 16, 64), target),
+    "convert": lambda source, target: anypatch.convert(source, target, 16, 64),
+    "sweep": lambda source, target: anypatch.sweep(str(source), [16], image_size=32),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_code_of_processors_and_tokenizers_travels_and_is_not_run(place: Path, act: str) -> None:
+    """No class that a processor, a tokenizer or a generation configuration names beside itself is imported."""
+    transformers = pytest.importorskip("transformers")
+    folder = place / "folder"
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(folder)
+    (folder / "custom.py").write_text(f"open({str(place / MARK)!r}, 'w')\nfrom transformers import *\n")
+    kinds = ("ImageProcessor", "FeatureExtractor", "VideoProcessor", "Processor")
+    named: dict[str, Any] = {f"Auto{kind}": "custom.ViTImageProcessor" for kind in kinds}
+    named |= {"AutoTokenizer": ["custom.BertTokenizer", None]}
+    sizes = {"size": {"height": 32, "width": 32}, "image_processor_type": "Evil", "processor_class": "Evil"}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        (folder / name).write_text(json.dumps({"auto_map": named, **sizes}))
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text(
+            json.dumps({"auto_map": named, "tokenizer_class": "Evil", "custom_generate": "custom"})
+        )
+    described = json.loads((folder / "config.json").read_text())
+    named = {"AutoConfig": "custom.ViTConfig", "AutoModel": "custom.ViTModel"}
+    (folder / "config.json").write_text(json.dumps({**described, "auto_map": named}))
+    ACTS[act](folder, place / "out")
+    assert not (place / MARK).exists()
+    assert not [name for name in sys.modules if name.rpartition(".")[2] == "custom"]
+    if (place / "out").exists():
+        assert (place / "out" / "custom.py").read_bytes() == (folder / "custom.py").read_bytes()
+        fields = json.loads((place / "out" / "preprocessor_config.json").read_text())
+        assert fields["auto_map"]["AutoImageProcessor"] == "custom.ViTImageProcessor"
+        assert fields["size"] == {"height": 64, "width": 64}

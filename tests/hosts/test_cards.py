@@ -56,6 +56,24 @@ def test_the_cards_of_others_are_kept(tmp_path: Path) -> None:
     assert "| patch size | 16x16 | 8x8 |" in (tmp_path / "d" / "README.anypatch.md").read_text()
 
 
+def test_licences_come_along_and_what_is_there_stays(tmp_path: Path) -> None:
+    anypatch.save(_tiny(), tmp_path / "a")
+    for name in ("README.md", "LICENSE", "NOTICE.txt"):
+        (tmp_path / "a" / name).write_text(f"theirs: {name}")
+    model = anypatch.load(tmp_path / "a", 32)
+    anypatch.save(model, tmp_path / "b")
+    anypatch.convert(tmp_path / "a", tmp_path / "c", patch_size=32)
+    for place in ("b", "c"):
+        for name in ("README.md", "LICENSE", "NOTICE.txt"):
+            assert (tmp_path / place / name).read_text() == f"theirs: {name}"
+    (tmp_path / "d").mkdir()
+    for name in ("README.md", "LICENSE"):
+        (tmp_path / "d" / name).write_text("mine")
+    anypatch.save(model, tmp_path / "d")
+    assert [(tmp_path / "d" / name).read_text() for name in ("README.md", "LICENSE")] == ["mine", "mine"]
+    assert "| patch size | 16x16 | 32x32 |" in (tmp_path / "d" / "README.anypatch.md").read_text()
+
+
 class Hub(BaseHTTPRequestHandler):
     """The few answers of a hub that an upload of small files needs."""
 

@@ -12,6 +12,7 @@ from anypatch.version import __version__
 CARD = "README.md"
 OWN = "README.anypatch.md"  # where the place of the card is taken, by the source's or by a user's
 SIGN = "<!-- written by anypatch -->"
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 EARLIER = "\n## Before that\n"
 MAX_CARD = 1 << 20  # bytes of a card that comes along; the longest on the hub take some hundred kilobytes
 
@@ -50,6 +51,17 @@ def own_card(source: str | Path | None) -> Path | None:
     folder = _folder(source)
     text = None if folder is None else _read(folder / CARD)
     return None if folder is None or text is None or SIGN in text else folder / CARD
+
+
+def beside(source: str | Path | None, target: Path) -> list[Path]:
+    """What a source says for people, which comes along: its card and its licences, unless ``target`` has its own."""
+    folder, card = _folder(source), own_card(source)
+    found = [] if folder is None else [path for pattern in LICENCES for path in sorted(folder.glob(pattern))]
+    found = [path for path in found if path.is_file() and path.stat().st_size <= MAX_CARD]
+    there = _read(target / CARD)
+    if card is not None and (there is None or SIGN in there):
+        found.append(card)
+    return [path for path in found if path.name == CARD or not (target / path.name).exists()]
 
 
 def _folder(source: str | Path | None) -> Path | None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
-from anypatch.errors import UnsupportedModelError
+from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.files.configs import read_json
 from anypatch.files.snapshot import copy_within
 from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import plain_state, require_rebuilds
@@ -157,6 +158,23 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
                 (directory / file).write_text(text, encoding="utf-8")
     if processor is not None:
         processors.follow(processor, old, new).save_pretrained(str(directory))
+    if source is not None and _names_code(directory):
+        for path in sorted(source.glob("*.py")):
+            if path.is_file() and not (directory / path.name).exists():
+                copy_within(path, source, directory / path.name)
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether a configuration in a directory names classes in modules beside it. Nothing of them is run here: whoever
+    loads the directory asks for it with ``trust_remote_code``."""
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(CheckpointError):
+            named = read_json(path).get("auto_map")
+            values = list(named.values()) if isinstance(named, dict) else []
+            classes = [c for value in values for c in (value if isinstance(value, list) else [value])]
+            if any(isinstance(c, str) and "--" not in c for c in classes):
+                return True
+    return False
 
 
 def _as_written(model: nn.Module) -> nn.Module:
