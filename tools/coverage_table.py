@@ -1,4 +1,4 @@
-"""Run the proof over every family and write the table: ``python -m coverage_table``."""
+"""Run the proof over every family and write the table: ``make coverage-table``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "# Coverage",
         "",
-        "Made by `python -m coverage_table`, which runs the proof of `anypatch.check` on a tiny model of every "
+        "Made by `make coverage-table`, which runs the proof of `anypatch.check` on a tiny model of every "
         "family with random weights: each patch of a random input is enlarged, the model is adapted, and the outputs "
         "are compared. PASS is a relative error below 1e-4. REFUSED is an error that `adapt` raises before it changes "
         "anything, with its reason.",
@@ -161,7 +161,7 @@ def measure(chosen: Iterable[Family]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 1 if any family is not covered yet."""
-    parser = argparse.ArgumentParser(prog="python -m coverage_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="make coverage-table", description=__doc__)
     parser.add_argument("--library", action="append", choices=LIBRARIES, help="only this library; may be repeated")
     parser.add_argument("--family", help="only families whose name contains this")
     parser.add_argument("--output", type=Path, help="default: docs/coverage.md, unless the run is a part only")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,26 +51,48 @@ def require_named(model: nn.Module, layout: Layout) -> None:
             )
 
 
-def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
+@dataclass(frozen=True)
+class Doubt:
+    """A layer that reads as many values as there are tokens: over channels, or one that mixes them.
+
+    Attributes:
+        path: of the layer.
+        size: how many values it reads.
+    """
+
+    path: str
+    size: int
+
+    @property
+    def error(self) -> GeometryError:
+        return GeometryError(f"{self.path}.weight mixes a fixed number of tokens ({self.size}): {HINT}")
+
+
+def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> list[Doubt]:
     """Nothing else in the part that the stem belongs to may depend on the grid.
+
+    Returns:
+        Layers whose widths alone do not tell: a run at another grid does.
 
     Raises:
         UnsupportedModelError, GeometryError: something does; the message names it.
     """
     old = layout.geometry
     if old.grid is None or new.grid is None or old.grid == new.grid:
-        return
+        return []
     part = model.get_submodule(layout.part)
     _require_square(part, old, new)
     known = {(t.path, t.name) for t in layout.tables}
     lengths = _lengths(model, layout)
     positions = {(path, name) for path, name, _ in position_tensors(model, layout.part)}
+    doubts = []
     for path, name, tensor in all_tensors(model, layout.part):
         if (path, name) in known or enumerates(tensor, old) is not None or _of_window(model, path, name, tensor, old):
             continue
         owner, full = model.get_submodule(path), f"{path}.{name}" if path else name
         if isinstance(owner, (nn.Linear, *CONVOLUTIONS)):
-            _require_apart(owner, name, tensor, full, lengths)
+            if name == "weight" and _values_read(owner) in lengths:
+                doubts.append(Doubt(path, _values_read(owner)))
         elif is_relative(name) or _follows_time(name, tensor, old, new) or _may_span(owner, name, tensor) & lengths:
             raise UnsupportedModelError(
                 f"{full}, of shape {tuple(tensor.shape)}, may depend on the grid in a way that anypatch cannot tell "
@@ -81,6 +104,7 @@ def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> None:
                 f"{show(old.grid)} grid: {HINT}"
             )
     _require_one_grid(part, old)
+    return doubts
 
 
 def _lengths(model: nn.Module, layout: Layout) -> set[int]:
@@ -105,14 +129,11 @@ def _require_square(part: nn.Module, old: Geometry, new: Geometry) -> None:
         )
 
 
-def _require_apart(layer: Any, name: str, tensor: Tensor, full: str, lengths: set[int]) -> None:
-    """A layer over channels may not be one over tokens."""
-    linear = isinstance(layer, nn.Linear)
-    if name != "weight" or not (linear or set(layer.kernel_size) == {1}):
-        return
-    size = layer.in_features if linear else tensor.shape[1]
-    if size in lengths:
-        raise GeometryError(f"{full} mixes a fixed number of tokens ({size}): {HINT}")
+def _values_read(layer: Any) -> int:
+    """What a linear layer, or a convolution that is one, reads at each place; 0 of all others."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    return layer.weight.shape[1] if set(layer.kernel_size) == {1} else 0
 
 
 def _require_one_grid(part: nn.Module, old: Geometry) -> None:

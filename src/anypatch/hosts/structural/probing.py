@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +13,16 @@ from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, show
 from anypatch.errors import AnypatchError, GeometryError
+from anypatch.hosts.structural.explained import Doubt
 
 
-def runs(twin: nn.Module, channels: int, geometry: Geometry) -> Exception | None:
+def runs(
+    twin: nn.Module, channels: int, geometry: Geometry, reached: Callable[[str], None] | None = None
+) -> Exception | None:
     """Run a twin on the meta device, where nothing is computed but shapes; the error if it fails.
 
-    The twin is used up: its buffers and plain tensors lose their values.
+    ``reached`` hears the path of every module that takes part. The twin is used up: its buffers and plain tensors lose
+    their values.
     """
     assert geometry.image_size is not None
     twin.eval()._apply(lambda t: t.to("meta"))
@@ -24,6 +30,9 @@ def runs(twin: nn.Module, channels: int, geometry: Geometry) -> Exception | None
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor):
                 vars(module)[name] = value.detach().to("meta")
+    if reached is not None:
+        for path, module in twin.named_modules():
+            module.register_forward_pre_hook(functools.partial(_tell, reached, path))
     call: Any = twin
     try:
         with torch.no_grad(), torch.device("meta"):
@@ -31,6 +40,32 @@ def runs(twin: nn.Module, channels: int, geometry: Geometry) -> Exception | None
     except Exception as error:
         return error
     return None
+
+
+def _tell(reached: Callable[[str], None], path: str, *_: Any) -> None:
+    reached(path)
+
+
+def require_over_channels(
+    build: Callable[[Geometry], nn.Module], channels: int, old: Geometry, new: Geometry, doubts: list[Doubt]
+) -> None:
+    """Layers that read as many values as there are tokens: over channels if the model runs with more or fewer tokens.
+
+    Raises:
+        GeometryError: it does not, or such a layer takes no part, so that nothing can be told.
+    """
+    if not doubts or old.grid is None or new.grid is None:
+        return
+    sides = (*old.grid[:-2], *(side + 1 for side in old.grid[-2:]))
+    image = tuple(n * patch for n, patch in zip(sides, old.patch_size, strict=True))
+    for probe in (new, Geometry(old.patch_size, image, old.prefix_tokens, old.library)):
+        seen: set[str] = set()
+        if probe.grid is None or math.prod(probe.grid) == math.prod(old.grid):
+            continue
+        with contextlib.suppress(AnypatchError):
+            if runs(build(probe), channels, probe, seen.add) is None and seen >= {doubt.path for doubt in doubts}:
+                return
+    raise doubts[0].error
 
 
 def require_rectangular(

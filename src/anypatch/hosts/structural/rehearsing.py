@@ -9,7 +9,10 @@ would not afterwards is refused, too.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,12 +27,14 @@ from anypatch.core.rehearsal import shapes, staged
 from anypatch.core.steps import SetAttribute
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
-from anypatch.hosts.structural.following import TELLING
+from anypatch.hosts.structural.following import TELLING, kinds
 from anypatch.hosts.structural.holdings import holdings, is_array
 
 # Packages whose modules speak for themselves: their hosts' twins do, or they are layers.
 KNOWN = {"torch", "peft", "timm", "transformers", "open_clip", "torchvision", "diffusers", "accelerate"}
 SHOWN = 3  # suspects in a message
+# Attributes that have the grid's numbers by chance: a model of 64 channels with 64 tokens, of 8 heads over 8x8 tokens.
+NAMED_OTHERWISE = re.compile(r"dim|width|hidden|heads?$|depth|layers|blocks|class|channel|feature|d_model|chans", re.I)
 
 
 def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callable[[Geometry], Plan | None]) -> None:
@@ -45,7 +50,8 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
     """
     old, new = plan.subject.geometry, plan.target
     squared = _becomes_rectangular(old, new)
-    suspects = list(dict.fromkeys(_suspects(plan)))
+    found = list(_suspects(plan))
+    suspects = list(dict.fromkeys(text for text, _ in found))
     if not suspects and not any(True for _ in _owned(plan.subject.model)):
         return
     run = Rehearsal(plan.subject.model, example)
@@ -66,8 +72,9 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
             f"together with the model: adapt the model inside on its own, and set this by hand"
         )
     for name, shape in before.items():
-        stale = _stale(shape, after.get(name, shape), old, new)
-        if stale and (suspects or squared):
+        stale, certain = _stale(shape, after.get(name, shape), old, new)
+        certain = certain or any(not NAMED_OTHERWISE.search(leaf) for _, leaf in found)
+        if stale and certain and (suspects or squared) and not _in_tokens(name, shape, run, remake, plan):
             raise UnsupportedModelError(
                 f"output{name} of {type(plan.subject.model).__name__} is {shape}, and would become {after[name]}, "
                 f"which keeps {stale}: {told}, which nothing says how to follow. Adapt the model inside on its own, "
@@ -118,10 +125,11 @@ def _owned(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _suspects(plan: Plan) -> Iterator[str]:
-    """Numbers of the present geometry that people's own modules hold and that would stay; recorded programs."""
+def _suspects(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Numbers of the present geometry that people's own modules hold and that would stay, and recorded programs; the
+    attribute's name with each, where it is one."""
     for path, module in programs(plan.subject.model):
-        yield f"{path}, {told(module)}"
+        yield f"{path}, {told(module)}", ""
     numbers = _numbers(plan.subject.geometry, plan.target)
     changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
     classes: set[type] = set()
@@ -131,11 +139,21 @@ def _suspects(plan: Plan) -> Iterator[str]:
                 continue
             for full, _, leaf in holdings(name, value):
                 found = _number(leaf, numbers)
-                if found is not None:
-                    yield f"{path}.{full} = {found}" if path else f"{full} = {found}"
+                if found is not None and not _means_what_stays(name, leaf, plan):
+                    leaf_name = "" if isinstance(leaf, types.FunctionType) else full
+                    yield f"{path}.{full} = {found}" if path else f"{full} = {found}", leaf_name
         if type(module) not in classes:
             classes.add(type(module))
-            yield from _in_code(type(module), numbers)
+            yield from ((text, "") for text in _in_code(type(module), numbers))
+
+
+def _means_what_stays(name: str, value: Any, plan: Plan) -> bool:
+    """Whether an attribute has the name and the value of a size that is the same afterwards, as the patch often is."""
+    return any(
+        name in names and any(value == a == b for a, b in zip(present, following, strict=True))
+        for names, present, following in kinds(plan.subject.geometry, plan.target)
+        if isinstance(value, (int, tuple))
+    )
 
 
 def _numbers(old: Geometry, new: Geometry) -> set[int]:
@@ -187,10 +205,14 @@ def _constants(code: types.CodeType, numbers: set[int]) -> Iterator[int]:
 # -- verdicts ----------------------------------------------------------------------------------------------------
 
 
-def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> str:
-    """What of the present geometry an output would keep; empty if nothing, or if it cannot be told."""
+def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> tuple[str, bool]:
+    """What of the present geometry an output would keep, empty if nothing or if it cannot be told; whether for certain.
+
+    It is not where all else has changed as the geometry does: a map (n, 64, 8, 8) of 64 channels over 64 tokens becomes
+    (n, 64, 4, 4), and tokens that are put into 64 places look the same.
+    """
     if len(before) != len(after):
-        return ""
+        return "", True
     sizes = []
     if old.image_size is not None and new.image_size is not None:
         sizes.append(("the size of the image", old.image_size[-2:], new.image_size[-2:]))
@@ -200,17 +222,60 @@ def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> str:
         if a == b or min(a) <= TELLING or (len(before) == 3 and _counted(a[0], old)):  # tokens, and their width
             continue
         for i in range(1, len(before) - 1):
-            kept = before[i : i + 2] == a == after[i : i + 2]
-            others = before[:i] + before[i + 2 :] != after[:i] + after[i + 2 :]
-            if kept and (others or what != "the grid"):
-                return f"{what} ({show(a)})"
-    if old.grid is not None and new.grid is not None and before != after:
+            others = [(x, y) for x, y in _axes(before, after, i, 2) if x != y]
+            if before[i : i + 2] == a == after[i : i + 2] and (others or what != "the grid"):
+                return f"{what} ({show(a)})", not (others and _follow(before, after, others, old, new))
+    if old.grid is not None and new.grid is not None and math.prod(old.grid) != math.prod(new.grid):
         for count in {math.prod(old.grid), math.prod(old.grid) + old.prefix_tokens}:
-            if count > TELLING**2 and math.prod(old.grid) != math.prod(new.grid) and count in before[1:]:
+            if count > TELLING**2 and count in before[1:]:
                 i = before.index(count, 1)
-                if after[i] == count and before[:i] + before[i + 1 :] != after[:i] + after[i + 1 :]:
-                    return f"the number of tokens ({count})"
-    return ""
+                others = [(x, y) for x, y in _axes(before, after, i, 1) if x != y]
+                if after[i] == count and others:
+                    return f"the number of tokens ({count})", not _follow(before, after, others, old, new)
+    return "", True
+
+
+def _axes(before: Size, after: Size, start: int, count: int) -> Iterator[tuple[int, int]]:
+    """Lengths of all axes but ``count`` from ``start`` on."""
+    pairs = list(zip(before, after, strict=True))
+    yield from (*pairs[:start], *pairs[start + count :])
+
+
+def _follow(before: Size, after: Size, changed: list[tuple[int, int]], old: Geometry, new: Geometry) -> bool:
+    """Whether what changes has changed as the geometry does."""
+    known = set(zip(old.patch_size, new.patch_size, strict=True))
+    known |= {(c * math.prod(old.patch_size), c * math.prod(new.patch_size)) for c in (1, 3)}
+    if old.image_size is not None and new.image_size is not None:
+        known |= set(zip(old.image_size, new.image_size, strict=True))
+    if old.grid is not None and new.grid is not None:
+        known |= set(zip(old.grid, new.grid, strict=True))
+        known |= {(math.prod(old.grid) + k, math.prod(new.grid) + k) for k in (0, old.prefix_tokens)}
+        (h, w), (new_h, new_w) = old.grid[-2:], new.grid[-2:]
+        for (a, b), (x, y) in itertools.pairwise(zip(before, after, strict=True)):
+            factor = a // h
+            if factor and (a, b, x, y) == (factor * h, factor * new_h, factor * w, factor * new_w):  # upsampled
+                known |= {(a, b), (x, y)}
+    return set(changed) <= known
+
+
+def _in_tokens(name: str, shape: Size, run: Rehearsal, remake: Callable[[Geometry], Plan | None], plan: Plan) -> bool:
+    """Whether a shape that stays is one of tokens, of which there are as many as before, and only looks like an image.
+
+    Of another number of tokens the model then returns another shape.
+    """
+    old, new = plan.subject.geometry, plan.target
+    if old.grid is None or new.grid is None or math.prod(old.grid) != math.prod(new.grid):
+        return False
+    sides = tuple(side + 1 for side in new.grid[-2:])
+    image = (*(new.image_size or ())[:-2], *(n * p for n, p in zip(sides, new.patch_size[-2:], strict=True)))
+    probe = Geometry(new.patch_size, image, old.prefix_tokens, old.library)
+    with contextlib.suppress(AnypatchError):
+        after = run.at(remake(probe), probe)
+        if isinstance(after, dict) and probe.grid is not None:
+            now, more = after.get(name, shape), math.prod(probe.grid) - math.prod(new.grid)
+            counts = {math.prod(new.grid) + k for k in (0, old.prefix_tokens)}
+            return any(a in counts and b == a + more for a, b in zip(shape, now, strict=False))
+    return False
 
 
 def _shrinks(before: Size, after: Size, old: Geometry, new: Geometry) -> bool:
@@ -249,7 +314,7 @@ def _require_no_root(
     if isinstance(after, Exception):
         raise _square(plan, str(after))
     for name, shape in before.items():
-        if _stale(shape, after.get(name, shape), old, probe):
+        if _stale(shape, after.get(name, shape), old, probe)[0]:
             raise _square(plan, f"of a {show(probe.grid)} grid it would make {after[name]}")
 
 

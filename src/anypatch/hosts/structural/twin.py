@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.explained import require_explained, require_named
 from anypatch.hosts.structural.following import PATCH_NAMES, entries, follow, kinds
 from anypatch.hosts.structural.layout import Layout
-from anypatch.hosts.structural.probing import require_rectangular
+from anypatch.hosts.structural.probing import require_over_channels, require_rectangular
 from anypatch.hosts.structural.surroundings import Surroundings
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
@@ -30,15 +31,19 @@ from anypatch.hosts.structural.tables import (
 
 
 def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
-    old = layout.geometry
-    require_explained(model, layout, geometry)
-    twin = _twin(model, layout, geometry)
+    old, name = layout.geometry, type(model).__name__
+    doubts = require_explained(model, layout, geometry)
+    build = functools.partial(_twin, model, layout, over_channels=frozenset(doubt.size for doubt in doubts))
+    twin = build(geometry)
     stem: Any = model.get_submodule(layout.stem)
-    require_rectangular(lambda g: _twin(model, layout, g), stem.in_channels, old, geometry, type(model).__name__)
+    require_over_channels(build, stem.in_channels, old, geometry, doubts)
+    require_rectangular(build, stem.in_channels, old, geometry, name)
     return twin
 
 
-def _twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
+def _twin(
+    model: nn.Module, layout: Layout, geometry: Geometry, over_channels: frozenset[int] = frozenset()
+) -> nn.Module:
     old = layout.geometry
     twin = copy_of(model)
     if (geometry.patch_size, geometry.image_size) == (old.patch_size, old.image_size):
@@ -54,13 +59,15 @@ def _twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
             _set_head(twin.get_submodule(path), path, channels, order, geometry)
     for path, module in twin.named_modules():
         _set_attributes(module, path, layout, geometry)
-    _set_layers(twin, model, layout, geometry)
+    _set_layers(twin, model, layout, geometry, over_channels)
     return twin
 
 
-def _set_layers(twin: nn.Module, model: nn.Module, layout: Layout, geometry: Geometry) -> None:
+def _set_layers(
+    twin: nn.Module, model: nn.Module, layout: Layout, geometry: Geometry, over_channels: frozenset[int]
+) -> None:
     """Layers that bring tokens back to pixels, pool by the patch or spread over the grid, as around other models."""
-    widths = {m.normalized_shape[-1] for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    widths = over_channels | {m.normalized_shape[-1] for m in model.modules() if isinstance(m, nn.LayerNorm)}
     context = Context(Twins(model, twin, layout.geometry, geometry), frozenset(widths), None, ANTIALIASED)
     rule = Surroundings(context)
     spoken = {*layout.stems, *layout.heads}
