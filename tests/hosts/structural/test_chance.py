@@ -84,6 +84,29 @@ def test_it_is_adapted(chance: str, read: Any) -> None:
         assert adapted.pos_embed.shape == (1, side**2, width)
 
 
+class Attentive(Vit):
+    """With torch's attention, whose three projections are one matrix: 3 x 12 channels, 6 x 6 tokens."""
+
+    def __init__(self, image: int, patch: int, width: int, hidden: int, heads: int, read: Any) -> None:
+        super().__init__(image, patch, width, hidden, heads, read)
+        self.layer = nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        return self.layer(super().tokens(pixels))
+
+
+@pytest.mark.parametrize("sizes", [{"patch_size": 16}, {"patch_size": 4}, {"image_size": 96}])
+def test_attention_over_as_many_values_as_tokens_is_adapted(sizes: dict[str, Any]) -> None:
+    model = Attentive(48, 8, 12, 36, 3, _plain).eval()
+    weight = model.layer.self_attn.in_proj_weight
+    assert weight.shape[0] == model.pos_embed.shape[1]
+    before = weight.clone()
+    assert anypatch.check(model, patch_size=16).passed
+    anypatch.adapt(model, **sizes)
+    assert torch.equal(weight, before)
+    assert model(torch.randn(1, 3, *(anypatch.geometry(model).image_size or ()))).isfinite().all()
+
+
 class Mixer(Vit):
     """Its layers go over tokens, of which there are as many as channels in a hidden layer."""
 

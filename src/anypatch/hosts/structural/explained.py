@@ -175,6 +175,8 @@ def _may_span(owner: nn.Module, name: str, tensor: Tensor) -> set[int]:
     """Lengths of the axes of an unexplained tensor that may run over tokens."""
     if isinstance(owner, (nn.LayerNorm, nn.modules.batchnorm._NormBase)) and tensor.ndim < 2:
         return set()
+    if isinstance(owner, nn.MultiheadAttention):  # three times 192 channels are 24x24 tokens
+        return set()
     if re.search(r"proj|weight", name) and tensor.ndim == 2:  # a matrix; its result may have any width
         return set(tensor.shape[:1])
     if isinstance(tensor, nn.Parameter) and tensor.ndim < 2:
