@@ -240,6 +240,8 @@ def describe(model: nn.Module) -> Subject:
         return replace(host(inner).subject(inner), wrapper=model)
     except UnsupportedModelError as error:
         for path, program in programs(inner) if isinstance(inner, nn.Module) else ():
+            if not path:
+                break  # it has been said
             raise UnsupportedModelError(
                 f"{error}; {path} is {told(program)}: adapt the model before tracing"
             ) from error

@@ -25,6 +25,7 @@ from anypatch.core.kernels import Pi, resize_matrix
 from anypatch.core.modes import on_its_own
 from anypatch.core.outputs import named_tensors, ungrown
 from anypatch.core.placement import require_values
+from anypatch.core.recordings import results
 from anypatch.core.twins import Subject
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
@@ -167,7 +168,8 @@ def _copied(model: nn.Module) -> nn.Module:
         if tensor.is_floating_point():
             require_values(name, tensor)
     try:
-        return copy.deepcopy(model).cpu().float().eval()
+        left: dict[int, Any] = {id(tensor): tensor.detach() for tensor in results(model)}
+        return copy.deepcopy(model, left).cpu().float().eval()
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be copied to be checked: {error}") from error
 

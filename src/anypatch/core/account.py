@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from anypatch.core.adapters import Place, match, reads_same_input, wrapped
 from anypatch.core.diff import BOOKKEEPING, CacheEdit, Edit, ParameterEdit
 from anypatch.core.recorded import require_open
+from anypatch.core.recordings import left_behind
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject, Twins
 from anypatch.errors import UnsupportedModelError
@@ -158,7 +159,8 @@ class Account:
 def _plain(module: nn.Module) -> Iterator[str]:
     if isinstance(module, torch.jit.ScriptModule):
         return iter(())
-    return (name for name in vars(module) if name not in BOOKKEEPING)
+    left = left_behind(module)
+    return (name for name in vars(module) if name not in BOOKKEEPING and name not in left)
 
 
 def _territory(root: nn.Module, library: str, inside: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from anypatch.core.account import Context, Extra
 from anypatch.core.diff import AttributeEdit, BufferEdit, Edit, Owners, ParameterEdit
 from anypatch.core.geometry import Size, show
+from anypatch.core.recordings import written_by
 from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.following import TELLING
@@ -33,6 +35,7 @@ POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BLOCKS = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
 PIXEL_CHANNELS = 4  # what an image has at most, unless the stem itself reads more
+WORD = re.compile(r"\w+")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -105,8 +108,10 @@ class Surroundings:
                 for hook in getattr(module, kind).values():
                     full = f"a hook of {path or type(module).__name__}"
                     self.values.followed("hook", hook, full, {})
+                    written = written_by(hook)
                     for where, leaf, item in holdings("", hook):
-                        if isinstance(item, Tensor):
+                        first = WORD.search(where)
+                        if isinstance(item, Tensor) and (first is None or first[0] not in written):
                             self._require_independent(f"{full}{where}", leaf, item)
 
     # -- layers ------------------------------------------------------------------------------------------------

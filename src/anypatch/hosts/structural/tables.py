@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, Size
+from anypatch.core.recordings import left_behind
 from anypatch.core.roles import MAX_EXTRA
 from anypatch.core.tables import resample_grid, resample_tokens
 from anypatch.hosts.base import ancestors
@@ -42,11 +43,12 @@ def is_relative(name: str) -> bool:
 
 
 def all_tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes, as (module path, name, tensor)."""
+    """Parameters, buffers and plain tensor attributes, as (module path, name, tensor); no results of the last pass."""
     for path, module in model.get_submodule(below).named_modules():
         full = f"{below}.{path}" if below and path else below or path
+        left = left_behind(module)
         for name, tensor in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and name not in left:
                 yield full, name, tensor
 
 

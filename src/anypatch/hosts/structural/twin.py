@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anypatch.core.account import Context, Extra
 from anypatch.core.diff import AttributeEdit, ParameterEdit
 from anypatch.core.geometry import Geometry, Size
+from anypatch.core.recordings import results
 from anypatch.core.tables import ANTIALIASED
 from anypatch.core.twins import Twins
 from anypatch.errors import UnsupportedModelError
@@ -90,7 +91,7 @@ def _set_layers(
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy without hooks, its parameters on the meta device."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in results(model)}
     fresh = nn.Module()
     keep: list[Any] = []
     for module in model.modules():

@@ -1,0 +1,111 @@
+"""What a forward pass leaves behind in a module or a hook: results that the next pass writes anew.
+
+They have the present number of tokens, and nothing depends on them. What is written before it is read is told from a
+table or a cache (``if self.cache is None``) by the order of the instructions in the code.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import re
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+# Methods that run in a forward pass; what others write (``__init__`` and what it calls) may be a table.
+RUNNING = re.compile(r"forward|__call__|(^|_)(save|record|store|hook)")
+FILLING = ("append", "appendleft", "add", "extend", "insert", "setdefault", "update", "__setitem__")
+KEYS = ("LOAD_", "FORMAT_", "BUILD_STRING", "CONVERT_VALUE")
+NOISE = ("CACHE", "RESUME", "PUSH_NULL", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE_CELL")
+CONTAINERS = (dict, list, tuple, set, deque)
+DEPTH = 3  # of containers in what is recorded: a list for each layer in a dictionary by name
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+SET, FILLED = "set", "filled"
+_KNOWN: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def recorded(kind: type) -> dict[str, str]:
+    """Attributes that a class's forward pass sets before it reads them, or that it first puts something into.
+
+    Examples:
+        >>> class Attention(nn.Module):
+        ...     def forward(self, x):
+        ...         self.weights = x.softmax(-1)
+        ...         return self.weights @ x
+        >>> recorded(Attention)
+        {'weights': 'set'}
+    """
+    if kind not in _KNOWN:
+        found: dict[str, str] = {}
+        for base in kind.__mro__:
+            for name, value in vars(base).items():
+                if base not in nn.Module.__mro__ and isinstance(value, types.FunctionType) and RUNNING.search(name):
+                    found.update(_written(value.__code__))
+        _KNOWN[kind] = found
+    return _KNOWN[kind]
+
+
+def written_by(hook: Any) -> dict[str, str]:
+    """The same of a hook: variables that it closes over, and attributes of the object that it belongs to."""
+    hook = hook.func if isinstance(hook, functools.partial) else hook
+    called = next((vars(kind)["__call__"] for kind in type(hook).__mro__ if "__call__" in vars(kind)), None)
+    code = getattr(hook, "__code__", getattr(called, "__code__", None))
+    return {} if code is None else dict(_written(code))
+
+
+def left_behind(module: nn.Module) -> set[str]:
+    """Names of a module's attributes that hold nothing but what its last forward pass recorded."""
+    how = recorded(type(module))
+    found = set()
+    for name in how.keys() & vars(module).keys():
+        value = vars(module)[name]
+        if how[name] == SET if isinstance(value, Tensor) else any(True for _ in _tensors(value)):
+            found.add(name)
+    return found
+
+
+def results(root: nn.Module) -> Iterator[Tensor]:
+    """Tensors in attributes and hooks that were computed with gradients: they cannot be copied as they are."""
+    for module in root.modules():
+        held: list[Any] = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
+        hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+        held += [vars(owner) for hook in hooks if hasattr(owner := getattr(hook, "__self__", hook), "__dict__")]
+        yield from (tensor for value in held for tensor in _tensors(value) if tensor.grad_fn is not None)
+
+
+def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, CONTAINERS) and depth <= DEPTH:
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from _tensors(item, depth + 1)
+
+
+def _written(code: types.CodeType) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in NOISE]
+    for i, step in enumerate(steps):
+        name = step.argval
+        if not isinstance(name, str) or not step.opname.endswith(("_ATTR", "_DEREF", "_METHOD")) or name in seen:
+            continue
+        seen.add(name)
+        if step.opname in ("STORE_ATTR", "STORE_DEREF"):
+            yield name, SET
+        elif step.opname.startswith("LOAD") and _fills(steps[i + 1 :]):
+            yield name, FILLED
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _written(constant)
+
+
+def _fills(steps: list[dis.Instruction]) -> bool:
+    """Whether what was just loaded is put something into: ``x[key] = ...``, ``x.append(...)``."""
+    if steps and steps[0].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        return steps[0].argval in FILLING
+    key = next((i for i, step in enumerate(steps) if not step.opname.startswith(KEYS)), len(steps))
+    return 0 < key < len(steps) and steps[key].opname == "STORE_SUBSCR"
