@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def require_rebuilds(
     title: str,
     names: Callable[[nn.Module], Shapes] = shapes_of,
     optional: Callable[[nn.Module], Callable[[str], bool]] = lambda built: lambda name: False,
+    packed: Callable[[nn.Module], Sequence[str]] = lambda built: (),
 ) -> None:
     """What the library builds from the files in ``folder`` has to take their tensors and compute what ``live`` does.
 
@@ -40,6 +41,7 @@ def require_rebuilds(
         title: of the model, with its library, for the error.
         names: what the built model's tensors are called in files, with their shapes.
         optional: of the built model: which of its tensors need not be in the files.
+        packed: of the built model: layers, by their names in files, whose tensors a quantiser writes as it likes.
 
     Raises:
         UnsupportedModelError: it cannot be built, or differs; the message names the tensor or layer.
@@ -48,11 +50,23 @@ def require_rebuilds(
         built = empty(build)
     except Exception as error:
         raise UnsupportedModelError(f"{title} cannot be rebuilt from its configuration ({error}): {ADVICE}") from error
-    found = difference(stored_shapes(folder), names(built), optional(built))
+    stored, taken, layers = stored_shapes(folder), names(built), packed(built)
+    found = next((f"{layer}, of which nothing was written" for layer in layers if not _below(layer, stored)), None)
+    if found is None:
+        found = difference(_without(layers, stored), _without(layers, taken), optional(built))
     if found is None:
         found = _other_layer(live, built) or _other_constant(live, built)
     if found is not None:
         raise UnsupportedModelError(f"{title} would be rebuilt otherwise, with {found}: {ADVICE}")
+
+
+def _below(layer: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(f"{layer}.")]
+
+
+def _without(layers: Sequence[str], shapes: Shapes) -> Shapes:
+    hidden = {name for layer in layers for name in _below(layer, shapes)}
+    return {name: shape for name, shape in shapes.items() if name not in hidden}
 
 
 def _other_layer(live: nn.Module, built: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import anypatch
 from anypatch import CheckpointError, UnsupportedModelError
@@ -108,6 +108,86 @@ def test_a_value_that_the_configuration_does_not_say(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"eps 1e-12 at layers\.0\.layernorm_before, where .* 0\.5"):
         anypatch.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# -- quantised models ---------------------------------------------------------------------------------------------
+
+
+def _quantised() -> Any:
+    """As transformers loads a model whose linear layers are packed, four values in a byte."""
+    from transformers.integrations import replace_with_bitnet_linear
+    from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
+
+    model: Any = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)).eval()
+    config = transformers.BitNetQuantConfig(modules_to_not_convert=["classifier"])
+    replace_with_bitnet_linear(model, ["classifier"], config)
+    for layer in model.modules():
+        if type(layer).__name__ == "BitLinear":
+            layer.to_empty(device="cpu")
+            layer.weight.random_(0, 255)
+            layer.weight_scale.fill_(2.0)
+            layer.bias.normal_()
+    model.hf_quantizer, model.is_quantized = BitNetHfQuantizer(config), True
+    model.config.quantization_config = config
+    return model
+
+
+def test_a_quantised_model_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = anypatch.adapt(_quantised(), 16, image_size=64)
+    anypatch.save(model, tmp_path / "out")
+    found = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert type(found.vit.layers[0].mlp.fc1).__name__ == "BitLinear"
+    assert found.config.patch_size == 16
+    wanted = model.state_dict()
+    assert wanted.keys() == found.state_dict().keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.state_dict().items())
+
+
+def _other_head(model: Any) -> None:
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 2))
+
+
+def _other_activation(model: Any) -> None:
+    model.vit.layers[0].mlp.activation_fn = torch.nn.ReLU()
+
+
+def _own_parameter(model: Any) -> None:
+    model.vit.register_parameter("extra", torch.nn.Parameter(torch.ones(3)))
+
+
+def _unpacked(model: Any) -> None:
+    model.vit.layers[0].mlp.fc1 = torch.nn.Linear(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (_other_head, r"classifier\.0\.bias, which it would not have"),
+        (_other_activation, "a GELUActivation as vit.layers.0.mlp.activation_fn, where the model has a ReLU"),
+        (_own_parameter, "vit.extra, which it would not have"),
+        (_unpacked, "makes a BitLinear of vit.layers.0.mlp.fc1, where the model has a Linear"),
+    ],
+)
+def test_what_a_quantised_model_would_not_be_again_is_refused(tmp_path: Path, change: Any, match: str) -> None:
+    model = _quantised()
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=match):
+        anypatch.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_projection_is_not_resampled(tmp_path: Path) -> None:
+    """Values that a scale beside them belongs to say nothing on their own."""
+    _vit().save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    (name,) = (n for n in tensors if n.endswith("projection.weight"))
+    tensors[f"{name}_scale"] = torch.ones(1)
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"projection\.weight is quantised .*projection\.weight_scale lies beside"
+    ):
+        anypatch.convert(tmp_path / "in", tmp_path / "out", 16)
 
 
 # -- links ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import candidates, fit
 from anypatch.hosts.transformers.model import make, subject
 from anypatch.hosts.transformers.opening import open_folder
+from anypatch.hosts.transformers.quantised import packed_layers
 from anypatch.hosts.transformers.safety import is_adapter, require_model, require_no_adapter, require_safe_source
 
 __all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
@@ -262,8 +263,6 @@ def _source(model: nn.Module) -> tuple[Path | None, Geometry | None]:
 
 def _require_loads(model: Any, directory: Path) -> None:
     """What transformers builds from the written configuration has to take the written tensors."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return  # layers are replaced on loading, by a quantiser that may need its own hardware
 
     def build() -> nn.Module:
         return make(type(model), type(model.config).from_pretrained(str(directory)))
@@ -271,14 +270,28 @@ def _require_loads(model: Any, directory: Path) -> None:
     def names(built: Any) -> dict[str, tuple[int, ...]]:
         tied = getattr(built, "all_tied_weights_keys", None) or {}  # not written, where they are one with another
         state = {name: tensor for name, tensor in built.state_dict().items() if name not in tied}
-        with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
-            from transformers.core_model_loading import revert_weight_conversion
+        return {name: tuple(tensor.shape) for name, tensor in _in_files(built, model, state).items()}
 
-            built._weight_conversions = getattr(model, "_weight_conversions", None)
-            state = revert_weight_conversion(built, state)
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    def packed(built: Any) -> list[str]:
+        layers = packed_layers(model, built)
+        state = {name: tensor for name, tensor in built.state_dict().items() if name.rpartition(".")[0] in layers}
+        return sorted({name.rpartition(".")[0] for name in _in_files(built, model, state)})
 
-    require_rebuilds(directory, model, build, f"transformers' {type(model).__name__}", names, _optional)
+    require_rebuilds(directory, model, build, f"transformers' {type(model).__name__}", names, _optional, packed)
+
+
+def _in_files(built: Any, model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of ``built`` by the names that ``model`` was written with."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before version 5 files had the names of the model
+        return state
+    built._weight_conversions = getattr(model, "_weight_conversions", None)
+    if getattr(model, "hf_quantizer", None) is not None:  # whose own conversions unpack
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        built._weight_conversions = get_model_conversion_mapping(built)
+    return dict(revert_weight_conversion(built, state))
 
 
 def _optional(built: Any) -> Callable[[str], bool]:

@@ -69,6 +69,12 @@ def _values(model: nn.Module, shards: Shards, plan: Plan, source: Path) -> dict[
         stored = _name_in_file(name, own[name], entries, source, model)
         if stored is None or stored in values:
             continue
+        packed = next((n for n in entries if n.startswith((f"{stored}_", f"{stored}."))), None)
+        if packed is not None:
+            raise CheckpointError(
+                f"{source}: {stored} is quantised ({packed} lies beside it) and has to be resampled: convert the "
+                f"directory before it is quantised"
+            )
         tensor = shards.read(stored)
         with torch.no_grad():
             values[stored] = change(tensor).to(tensor.dtype)
