@@ -69,6 +69,14 @@ def test_a_table_ends_with_an_empty_line():
         assert found is None, f"{page.name}: {found and found[0]}"
 
 
+def test_examples_in_the_text_of_a_docstring_are_code():
+    pytest.importorskip("griffe")
+    from fences import fenced
+
+    text = "Twice.\n\n>>> f(1)\n2\n>>> g\n\nOr so.\n\nExamples:\n    >>> f(2)\n    4\n"
+    assert fenced(text) == text.replace(">>> f(1)\n2\n>>> g", "```pycon\n>>> f(1)\n2\n>>> g\n```")
+
+
 def test_notebooks_were_executed_and_did_not_fail():
     for path in (DOCS / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
@@ -130,7 +138,9 @@ def _dead(site: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_site_is_built_strictly_and_no_link_is_dead(site: Path, tmp_path: Path) -> None:
-    assert (site / "reference.html").exists()
+    reference = (site / "reference.html").read_text(encoding="utf-8")
+    assert "<blockquote" not in reference  # examples are code
+    assert reference.count('<span class="gp">&gt;&gt;&gt; </span>') > 40
     assert not _dead(site)
     for path in site.rglob("*.html"):  # read offline, too: nothing is loaded from elsewhere
         assert [url for url in Links(path).loaded if urlsplit(url).scheme in ("http", "https")] == []
