@@ -183,7 +183,8 @@ def _territory(root: nn.Module, library: str, inside: set[int]) -> Iterator[tupl
             if child is not None:
                 yield from walk(f"{path}.{name}" if path else name, child, users, seen)
 
-    yield from walk("", root, False, set())
+    # what a Sequential of torch's puts around a model is the user's, too
+    yield from walk("", root, type(root).__module__.split(".")[0] == "torch", set())
 
 
 # -- tensors that should change ----------------------------------------------------------------------------------

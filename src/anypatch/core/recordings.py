@@ -6,6 +6,7 @@ table or a cache (``if self.cache is None``) by the order of the instructions in
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
 import re
@@ -25,6 +26,7 @@ NOISE = ("CACHE", "RESUME", "PUSH_NULL", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE
 CONTAINERS = (dict, list, tuple, set, deque)
 DEPTH = 3  # of containers in what is recorded: a list for each layer in a dictionary by name
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+CALLED = (len, int, float, range, tuple, list, isinstance, min, max, sum, round, abs, zip, enumerate)
 SET, FILLED = "set", "filled"
 _KNOWN: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -56,6 +58,31 @@ def written_by(hook: Any) -> dict[str, str]:
     called = next((vars(kind)["__call__"] for kind in type(hook).__mro__ if "__call__" in vars(kind)), None)
     code = getattr(hook, "__code__", getattr(called, "__code__", None))
     return {} if code is None else dict(_written(code))
+
+
+def is_pure(hook: Any) -> bool:
+    """Whether a hook is a function that leaves nothing behind: it writes nothing and calls nothing but torch.
+
+    Examples:
+        >>> is_pure(lambda module, inputs: (inputs[0] * 2,)), is_pure(lambda *inputs: print(inputs))
+        (True, False)
+    """
+    hook = hook.__func__ if isinstance(hook, types.MethodType) and isinstance(hook.__self__, nn.Module) else hook
+    return isinstance(hook, types.FunctionType) and _is_pure(hook.__code__, hook.__globals__)
+
+
+def _is_pure(code: types.CodeType, names: dict[str, Any]) -> bool:
+    for step in dis.get_instructions(code):
+        if step.opname.startswith(("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_")):
+            return False
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in FILLING:
+            return False
+        if step.opname == "LOAD_GLOBAL":
+            found = names.get(step.argval, getattr(builtins, step.argval, None))
+            module = getattr(found, "__module__", None) if not isinstance(found, types.ModuleType) else found.__name__
+            if found not in CALLED and str(module).partition(".")[0] not in ("torch", "math"):
+                return False
+    return all(_is_pure(constant, names) for constant in code.co_consts if isinstance(constant, types.CodeType))
 
 
 def left_behind(module: nn.Module) -> set[str]:

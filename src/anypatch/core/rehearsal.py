@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anypatch.core.geometry import Size
 from anypatch.core.modes import about, mapped, tensors_in
 from anypatch.core.outputs import named_tensors
 from anypatch.core.plan import Plan
@@ -23,6 +25,7 @@ from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter
 from anypatch.core.views import SHARED, Shells
 
 META = torch.device("meta")
+RUN = ("_forward_hooks", "_forward_pre_hooks")
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_called")))
 
 
@@ -30,8 +33,10 @@ class NoStageError(Exception):
     """A model that cannot be rehearsed: it runs something that was compiled from itself."""
 
 
-def staged(root: nn.Module, plan: Plan | None = None) -> nn.Module:
-    """A model that shares the tensors of ``root`` and nothing else, as it would be after ``plan``; without hooks.
+def staged(root: nn.Module, plan: Plan | None = None, keep: Callable[[Any], bool] = lambda hook: False) -> nn.Module:
+    """A model that shares the tensors of ``root`` and nothing else, as it would be after ``plan``.
+
+    Of its hooks it has those that ``keep`` names: others may leave something behind.
 
     Recorded programs, which are no Python that could run on other tensors, are copied.
 
@@ -57,6 +62,11 @@ def staged(root: nn.Module, plan: Plan | None = None) -> nn.Module:
         fields["_parameters"] = {name: _without_memory(p) for name, p in source._parameters.items()}
         for name in HOOKS:
             fields[name] = type(fields[name])()
+        for name in RUN:
+            kept = {key: hook for key, hook in getattr(source, name).items() if keep(hook)}
+            fields[name].update({key: shells.rebound(hook) for key, hook in kept.items()})
+            told = vars(source)[f"{name}_with_kwargs"]
+            fields[f"{name}_with_kwargs"].update({key: told[key] for key in kept if key in told})
         fields["training"] = False  # not eval(), which exported programs refuse
     for step in [] if plan is None else plan.steps:
         if isinstance(step, SetParameter):
@@ -84,6 +94,19 @@ def shapes(
     with _Shapes(), torch.no_grad():
         pixels = torch.zeros(tuple(size), dtype=dtype, device=META)
         return {name: tuple(tensor.shape) for name, tensor in named_tensors(call(stage, pixels))}
+
+
+def watch(stage: nn.Module, stride: Size) -> dict[str, Size]:
+    """Filled, while the stage runs, with the height and width of what each convolution of a stride returns."""
+    seen: dict[str, Size] = {}
+    for path, module in stage.named_modules():
+        if isinstance(module, _ConvNd) and tuple(module.stride) == stride:
+
+            def note(_: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
+                seen[path] = tuple(output.shape[2:])
+
+            module.register_forward_hook(note)
+    return seen
 
 
 class _Shapes(TorchDispatchMode):

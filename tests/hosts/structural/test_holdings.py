@@ -268,6 +268,52 @@ def test_a_map_that_is_enlarged_to_the_image_follows_it() -> None:
     assert model(torch.randn(1, 3, 128, 128)).shape == (1, 48, 128, 128)
 
 
+class Before(nn.Module):
+    """A module of the user's that does something to the image before a model that takes any size."""
+
+    def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.use = vit(dynamic_img_size=True), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(self.use(x))
+
+
+def hooked() -> nn.Module:
+    model = vit(dynamic_img_size=True)
+    model.register_forward_pre_hook(lambda module, inputs: (F.interpolate(inputs[0], (64, 64)),))
+    return model
+
+
+SCALING: dict[str, Callable[[], nn.Module]] = {
+    "scaled": lambda: Before(lambda x: F.interpolate(x, (64, 64))),
+    "cropped": lambda: Before(lambda x: x[..., :64, :64]),
+    "pooled": lambda: Before(lambda x: F.adaptive_avg_pool2d(x, 64)),
+    "scaled in a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("kind", SCALING)
+def test_what_brings_the_image_to_the_present_size_is_refused(kind: str) -> None:
+    for sizes in ({"image_size": 96}, {"patch_size": 32, "keep": "grid"}):
+        refused(
+            SCALING[kind](),
+            r"into 4x4 patches, and would cut one of .* it holds (use = 64|the number 64)",
+            **sizes,
+        )
+    anypatch.adapt(SCALING[kind](), 32)
+
+
+@pytest.mark.parametrize("layer", [nn.Upsample(64), nn.Upsample((64, 64)), nn.AdaptiveAvgPool2d(64)])
+def test_layers_that_bring_the_image_to_the_models_size_follow(layer: nn.Module) -> None:
+    model = nn.Sequential(copy.deepcopy(layer), vit(dynamic_img_size=True)).eval()
+    alone = anypatch.adapt(copy.deepcopy(model[1]), image_size=96)
+    anypatch.adapt(model, image_size=96)
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(model(x), alone(x))
+
+
 @pytest.mark.parametrize("made", [vit, pytest.param(HandMade, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_what_follows_gives_what_a_wrapper_around_an_adapted_model_gives(kind: str, made: Callable[[], Any]) -> None:

@@ -23,7 +23,8 @@ from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.outputs import ungrown
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
-from anypatch.core.rehearsal import shapes, staged
+from anypatch.core.recordings import is_pure
+from anypatch.core.rehearsal import RUN, shapes, staged, watch
 from anypatch.core.steps import SetAttribute
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
@@ -58,7 +59,7 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
     before = run.at(None, old)
     if not isinstance(before, dict):
         return  # cannot be told
-    told = _told(suspects)
+    told, grids = _told(suspects), run.grids
     after = run.at(plan, new)
     if isinstance(after, Exception):
         why = _line(str(after) or type(after).__name__)
@@ -71,6 +72,7 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
             f"image {show(new.image_size)} ({why}): {told}, which nothing says how to follow. Change it "
             f"together with the model: adapt the model inside on its own, and set this by hand"
         )
+    _require_whole_image(plan, grids, run.grids, told)
     for name, shape in before.items():
         stale, certain = _stale(shape, after.get(name, shape), old, new)
         certain = certain or any(not NAMED_OTHERWISE.search(leaf) for _, leaf in found)
@@ -90,6 +92,22 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
         _require_no_root(run, remake, plan, before)
 
 
+def _require_whole_image(plan: Plan, before: dict[str, Size], after: dict[str, Size], told: str) -> None:
+    """What cuts the whole image into patches today has to do so afterwards: nothing may bring it to its old size.
+
+    Raises:
+        UnsupportedModelError: it would cut another grid.
+    """
+    for path, grid in before.items():
+        seen = after.get(path)
+        if grid == plan.subject.geometry.grid and seen is not None and seen != plan.target.grid:
+            raise UnsupportedModelError(
+                f"{path} of {type(plan.subject.model).__name__} cuts the image into {show(grid)} patches, and would "
+                f"cut one of {show(plan.target.image_size)} into {show(seen)}, as something before it keeps a size: "
+                f"{told}, which nothing says how to follow. Adapt the model inside on its own, and set this by hand"
+            )
+
+
 class Rehearsal:
     """A model and what to feed it.
 
@@ -101,6 +119,7 @@ class Rehearsal:
     def __init__(self, model: nn.Module, example: Callable[[], Example]) -> None:
         self.model = model
         self.example = example
+        self.grids: dict[str, Size] = {}  # what each convolution that cuts patches made of the last image
 
     def at(self, plan: Plan | None, geometry: Geometry) -> dict[str, Size] | Exception:
         """The shapes of what the model returns, or why it returns nothing."""
@@ -111,7 +130,9 @@ class Rehearsal:
                 return ValueError("not fed pixels")
             like = next(p for p in self.model.parameters() if p.is_floating_point())
             size = (*fed.shape[: len(fed.shape) - len(image)], *image)
-            return shapes(staged(self.model, plan), fed.call, size, like.dtype)
+            stage = staged(self.model, plan, is_pure)
+            self.grids = watch(stage, geometry.patch_size)
+            return shapes(stage, fed.call, size, like.dtype)
         except Exception as error:
             return error
 
@@ -131,6 +152,10 @@ def _suspects(plan: Plan) -> Iterator[tuple[str, str]]:
     for path, module in programs(plan.subject.model):
         yield f"{path}, {told(module)}", ""
     numbers = _numbers(plan.subject.geometry, plan.target)
+    for path, module in plan.subject.model.named_modules():
+        for hook in (hook for name in RUN for hook in getattr(module, name).values() if is_pure(hook)):
+            for number in _constants(hook.__code__, numbers):
+                yield f"the number {number} in a hook of {path or type(module).__name__}", ""
     changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
     classes: set[type] = set()
     for path, module in _owned(plan.subject.model):

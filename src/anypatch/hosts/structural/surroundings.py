@@ -32,6 +32,7 @@ from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enu
 from anypatch.hosts.structural.values import Values, numbers_tokens
 
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
+ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BLOCKS = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
 PIXEL_CHANNELS = 4  # what an image has at most, unless the stem itself reads more
@@ -124,6 +125,8 @@ class Surroundings:
             yield from self._transposed(path, module)
         elif isinstance(module, nn.Upsample):
             yield from self._upsample(path, module)
+        elif isinstance(module, ADAPTIVE):
+            yield from self._adaptive(path, module)
         elif isinstance(module, POOLS) and extra.whole:
             yield from self._pool(path, module)
         elif isinstance(module, BLOCKS) and extra.whole:
@@ -179,6 +182,13 @@ class Surroundings:
             h, w = map(float, self.new.patch_size[-2:])
             after = h if h == w and not isinstance(factor, tuple) else (h, w)
             yield AttributeEdit(path, "scale_factor", None, factor, after)
+
+    def _adaptive(self, path: str, pool: Any) -> Iterator[Edit]:
+        """A pooling to the image's size; one to the grid's may feed a layer that stays, and stays."""
+        size = pool.output_size if isinstance(pool.output_size, (tuple, list)) else (pool.output_size,) * 2
+        old, new = self.old.image_size, self.new.image_size
+        if old is not None and new is not None and tuple(size) == old[-2:] != new[-2:] and min(old[-2:]) > TELLING:
+            yield AttributeEdit(path, "output_size", None, pool.output_size, new[-2:])
 
     def _pool(self, path: str, pool: Any) -> Iterator[Edit]:
         kernel, stride = (v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.stride))
