@@ -30,7 +30,7 @@ from anypatch.tuning import schedule
 from anypatch.tuning.checkpoint import FILE
 from anypatch.tuning.crops import drawn_image, random_box
 from anypatch.tuning.data import Feed, split
-from anypatch.tuning.distance import distances
+from anypatch.tuning.distance import Fidelity, distances
 from anypatch.tuning.pool import Pool
 from anypatch.tuning.said import Said
 from anypatch.tuning.training import Trainer, digest
@@ -255,6 +255,42 @@ def test_a_loss_that_is_no_number_stops_the_run(photos: Path, monkeypatch: pytes
     result = anypatch.tune(model, images=photos, patch_size=8, steps=4, learning_rate=1e-4, **OPTIONS)
     assert any("diverges" in note for note in result.notes)
     assert same(weights(model), weights(adapted))
+
+
+@pytest.mark.parametrize(
+    ("says", "chosen", "weight"),
+    [
+        # (pooled, patches) of each patch size as the one weight goes from 0, the start, over 1, the average of the run,
+        # to 2, its end; the share of the way that is taken, and the weight that is kept.
+        (lambda w: {8: (0.5 + w / 9, 0.5 + w / 9)}, 1.0, 2.0),
+        (lambda w: {8: (0.5 + w / 9, 0.5 + w / 9 if w <= 1 else 0.0)}, 0.5, 1.0),
+        (lambda w: {8: (0.5 + w / 9, 0.5 - w / 99)}, 0.0, 0.0),  # one of the two loses, whatever the other gains
+        (lambda w: {8: (0.5 - w / 99, 0.5 + w / 9)}, 0.0, 0.0),
+        (lambda w: {8: (0.9, 0.9), 2: (0.5 + w / 9, 0.5)}, 1.0, 2.0),
+        (lambda w: {8: (0.9, 0.9 - w / 999), 2: (0.5 + w / 9, 0.5)}, 0.0, 0.0),  # another patch size loses
+        (lambda w: {4: (1 - w / 99, 1 - w / 99), 2: (0.5 + w / 9, 0.5)}, 1.0, 2.0),  # only the native one may
+        (lambda w: {8: (math.nan if w > 0.7 else 0.5 + w / 9, 0.5)}, 0.25, 0.5),
+        (lambda w: {8: (0.5 - abs(w - 0.75), 0.5)}, 0.75, 0.75),
+        (lambda w: {8: (0.5, 0.5)}, 0.0, 0.0),  # nothing is gained by chance
+    ],
+)
+def test_the_choice_is_never_worse(says: Callable[[float], Any], chosen: float, weight: float) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.begun = trainer.ended = None
+    trainer.progress = lambda *_: None
+
+    def look() -> dict[tuple[int, int], Fidelity]:
+        return {(p, p): Fidelity(*values, 0.0) for p, values in says(model.weight.item()).items()}
+
+    native = SimpleNamespace(geometry=SimpleNamespace(patch_size=(4, 4)))
+    trainer.pair = SimpleNamespace(student=model, teacher=native, look=look)
+    model.weight.data.fill_(2.0)
+    start, average = ({"weight": torch.full((1, 1), value)} for value in (0.0, 1.0))
+    before, after, share = trainer.choose(start, average)
+    assert (share, model.weight.item()) == (chosen, weight)
+    assert {p[0]: (f.pooled, f.patches) for p, f in before.items()} == says(0.0)
+    assert {p[0]: (f.pooled, f.patches) for p, f in after.items()} == says(weight)
 
 
 def test_the_model_keeps_its_ways(photos: Path) -> None:
