@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.adaptation import describe, host, plan_for
+from anypatch.core import history
 from anypatch.core.ambient import undisturbed
 from anypatch.core.display import facts_table
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show
@@ -169,9 +170,11 @@ def _copied(model: nn.Module) -> nn.Module:
             require_values(name, tensor)
     try:
         left: dict[int, Any] = {id(tensor): tensor.detach() for tensor in results(model)}
-        return copy.deepcopy(model, left).cpu().float().eval()
+        copied = copy.deepcopy(model, left).cpu().float().eval()
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be copied to be checked: {error}") from error
+    history.note_copy(model, copied)
+    return copied
 
 
 def _present(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor) -> _Run:

@@ -445,3 +445,57 @@ def test_saved_model_loads_without_anypatch(tmp_path):
     x = torch.randn(1, 3, 80, 80)
     torch.save((x, model(x).detach()), tmp_path / "io.pt")
     subprocess.run([sys.executable, "-c", LOADER, str(tmp_path), str(Path(__file__).parents[2])], check=True)
+
+
+class Unnamed(nn.Module):
+    """A class token that no name tells, and no image size."""
+
+    def __init__(self, grid: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embed = nn.Conv2d(3, 24, 8, 8)
+        self.first, self.pos_embed = nn.Parameter(torch.randn(1, 1, 24)), nn.Parameter(torch.randn(1, grid + 1, 24))
+        self.attn = nn.TransformerEncoderLayer(24, 2, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patch_embed(x).flatten(2).mT
+        return self.attn(torch.cat([self.first.expand(len(x), -1, -1), tokens], 1) + self.pos_embed)
+
+
+@pytest.mark.parametrize("image", [(32, 48), (24, 40), (16, 32), (32, 64), (24, 80)])  # 25, 16, 9, 33 and 31 entries
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_rectangle_that_a_model_was_adapted_to_is_known_afterwards(image, inside):
+    model = nn.Sequential(nn.Identity(), Unnamed()) if inside else Unnamed()
+    table = (model[1] if inside else model).pos_embed.detach().clone()
+    anypatch.adapt(model, image_size=image)
+    for known in (model, model[1]) if inside else (model,):
+        found = anypatch.geometry(known)
+        assert (found.image_size, found.prefix_tokens) == (image, 1)
+    assert anypatch.check(model, 16).passed
+    anypatch.adapt(model, image_size=32)
+    back = (model[1] if inside else model).pos_embed
+    assert torch.equal(back[:, 0], table[:, 0])
+    grid = tuple(side // 8 for side in image)
+    there = resample(table[:, 1:].mT.unflatten(-1, (4, 4)), grid)
+    torch.testing.assert_close(back[:, 1:], resample(there, (4, 4)).flatten(2).mT)
+
+
+def resample(maps, size):
+    return F.interpolate(maps, size=size, mode="bicubic", antialias=True)
+
+
+def test_a_table_over_a_grid_that_nothing_tells_is_refused_another_image():
+    model = Unnamed(32)
+    with pytest.raises(anypatch.GeometryError, match=r"pos_embed, of shape \(1, 33, 24\), is over a grid that cannot"):
+        anypatch.adapt(model, image_size=32)
+    model.img_size = (32, 64)
+    anypatch.adapt(model, image_size=(64, 32))
+    assert model(torch.randn(1, 3, 64, 32)).shape == (1, 33, 24)
+    anypatch.adapt(Unnamed(32), 16, keep="grid")
+
+
+def test_a_table_that_was_changed_since_is_looked_at_anew():
+    model = Unnamed()
+    anypatch.adapt(model, image_size=(32, 48))
+    model.pos_embed = nn.Parameter(torch.randn(1, 50, 24))
+    assert anypatch.geometry(model).image_size == (56, 56)

@@ -68,6 +68,23 @@ class Doubt:
         return GeometryError(f"{self.path}.weight mixes a fixed number of tokens ({self.size}): {HINT}")
 
 
+def require_known_grid(model: nn.Module, layout: Layout, new: Geometry) -> None:
+    """A table cannot be brought to an image size from a grid that nothing tells.
+
+    Raises:
+        GeometryError: that is asked; the message says how to tell it.
+    """
+    if layout.geometry.image_size is not None or new.image_size is None or len(new.patch_size) != 2:
+        return
+    for path, name, tensor in position_tensors(model, layout.part):
+        if tensor.ndim > 1 and not is_relative(name):
+            full = f"{path}.{name}" if path else name
+            raise GeometryError(
+                f"{full}, of shape {tuple(tensor.shape)}, is over a grid that cannot be told, as it is no square and "
+                f"nothing in the model says its image size: set model.img_size = (height, width) first"
+            )
+
+
 def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> list[Doubt]:
     """Nothing else in the part that the stem belongs to may depend on the grid.
 

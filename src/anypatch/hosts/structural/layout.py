@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from anypatch.core import history
 from anypatch.core.geometry import Geometry, Size
 from anypatch.hosts.base import ancestors, class_tokens
 from anypatch.hosts.flattening import pixel_heads
@@ -42,7 +43,7 @@ def layout_of(model: nn.Module) -> Layout:
     patch = tuple(conv.stride)
     image = _image_size(model, stem, conv)
     if image is None:
-        image = _image_from_table(model, stem, patch)
+        image = _image_noted(model, stem, patch) or _image_from_table(model, stem, patch)
     geometry = Geometry(patch, image, 0, NAME)
     part, tables = find_tables(model, stem, geometry)
     prefix = next((t.prefix for t in tables if len(t.axes) == 1 and t.prefix >= 0), None)
@@ -74,6 +75,21 @@ def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
     if side is None or len(side) == axes:
         return side
     return None if frames is None else (frames, *side)
+
+
+def _image_noted(model: nn.Module, stem: str, patch: Size) -> Size | None:
+    """The image size that the model was adapted to, if its tables are still over that grid."""
+    for ancestor in ancestors(stem):
+        noted = history.geometry(model.get_submodule(ancestor))
+        if noted is None or noted.patch_size != patch or noted.image_size is None:
+            continue
+        part, tables = find_tables(model, stem, noted)
+        over_tokens = [table for table in tables if len(table.axes) == 1 and table.prefix >= 0]
+        if all(table.prefix == noted.prefix_tokens for table in over_tokens) and (
+            tables or not any(t.ndim > 1 for *_, t in position_tensors(model, part))
+        ):
+            return noted.image_size
+    return None
 
 
 def _image_from_table(model: nn.Module, stem: str, patch: Size) -> Size | None:

@@ -17,7 +17,7 @@ from anypatch.core.recordings import results
 from anypatch.core.tables import ANTIALIASED
 from anypatch.core.twins import Twins
 from anypatch.errors import UnsupportedModelError
-from anypatch.hosts.structural.explained import require_explained, require_named
+from anypatch.hosts.structural.explained import require_explained, require_known_grid, require_named
 from anypatch.hosts.structural.following import PATCH_NAMES, entries, follow, kinds
 from anypatch.hosts.structural.layout import Layout
 from anypatch.hosts.structural.probing import require_over_channels, require_rectangular
@@ -33,6 +33,7 @@ from anypatch.hosts.structural.tables import (
 
 def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
     old, name = layout.geometry, type(model).__name__
+    require_known_grid(model, layout, geometry)
     doubts = require_explained(model, layout, geometry)
     build = functools.partial(_twin, model, layout, over_channels=frozenset(doubt.size for doubt in doubts))
     twin = build(geometry)
