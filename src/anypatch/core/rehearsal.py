@@ -84,14 +84,20 @@ def staged(root: nn.Module, plan: Plan | None = None, keep: Callable[[Any], bool
 
 
 def shapes(
-    stage: nn.Module, call: Callable[[nn.Module, Any], Any], size: Sequence[int], dtype: torch.dtype
+    stage: nn.Module,
+    call: Callable[[nn.Module, Any], Any],
+    size: Sequence[int],
+    dtype: torch.dtype,
+    joined: list[Size] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """What ``call(stage, pixels)`` returns for pixels of a size.
+
+    ``joined`` is filled with the lengths, along the axis, of whatever was put together on the way.
 
     Raises:
         Exception: whatever the model raises; also where it asks for values that are not there.
     """
-    with _Shapes(), torch.no_grad():
+    with _Shapes(joined), torch.no_grad():
         pixels = torch.zeros(tuple(size), dtype=dtype, device=META)
         return {name: tuple(tensor.shape) for name, tensor in named_tensors(call(stage, pixels))}
 
@@ -112,8 +118,15 @@ def watch(stage: nn.Module, stride: Size) -> dict[str, Size]:
 class _Shapes(TorchDispatchMode):
     """Whatever meets a tensor without memory has none either; other tensors are computed with, and not written to."""
 
+    def __init__(self, joined: list[Size] | None) -> None:
+        super().__init__()
+        self.joined = joined
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if self.joined is not None and about(func).name == "cat":
+            axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            self.joined.append(tuple(part.shape[axis] for part in args[0] if part.ndim > 1))
         inputs = list(tensors_in((args, kwargs)))
         if not about(func).written and not any(tensor.is_meta for tensor in inputs):
             return func(*args, **kwargs)

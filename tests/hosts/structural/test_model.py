@@ -462,6 +462,34 @@ class Unnamed(nn.Module):
         return self.attn(torch.cat([self.first.expand(len(x), -1, -1), tokens], 1) + self.pos_embed)
 
 
+class Trailing(Unnamed):
+    """Tokens in any order: the number of those before the patches, and of those after them."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(16 + before + after - 1)
+        self.before, self.first = before, nn.Parameter(torch.randn(1, before + after, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, extra = self.patch_embed(x).flatten(2).mT, self.first.expand(len(x), -1, -1)
+        parts = [extra[:, : self.before], tokens, extra[:, self.before :]]
+        return self.attn(torch.cat([part for part in parts if part.shape[1]], 1) + self.pos_embed)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 1), (0, 2), (1, 0), (2, 0)])
+def test_tokens_after_the_patches_are_refused_another_grid(before, after):
+    model = Trailing(before, after)
+    table = model.pos_embed.detach().clone()
+    if after:
+        with pytest.raises(anypatch.UnsupportedModelError, match=r"puts tokens after its 16 patches \("):
+            anypatch.adapt(model, image_size=64)
+        assert torch.equal(model.pos_embed, table)
+        assert anypatch.check(model, 16).passed
+        anypatch.adapt(model, 16, keep="grid")
+    else:
+        anypatch.adapt(model, image_size=64)
+        assert torch.equal(model.pos_embed[:, :before], table[:, :before])
+
+
 @pytest.mark.parametrize("image", [(32, 48), (24, 40), (16, 32), (32, 64), (24, 80)])  # 25, 16, 9, 33 and 31 entries
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_rectangle_that_a_model_was_adapted_to_is_known_afterwards(image, inside):

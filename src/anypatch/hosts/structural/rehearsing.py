@@ -25,7 +25,7 @@ from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
 from anypatch.core.recordings import is_pure
 from anypatch.core.rehearsal import RUN, shapes, staged, watch
-from anypatch.core.steps import SetAttribute
+from anypatch.core.steps import SetAttribute, SetBuffer, SetParameter
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
 from anypatch.hosts.structural.following import TELLING, kinds
@@ -59,6 +59,7 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
     before = run.at(None, old)
     if not isinstance(before, dict):
         return  # cannot be told
+    _require_leading(plan, run.joined)
     told, grids = _told(suspects), run.grids
     after = run.at(plan, new)
     if isinstance(after, Exception):
@@ -108,6 +109,33 @@ def _require_whole_image(plan: Plan, before: dict[str, Size], after: dict[str, S
             )
 
 
+def _require_leading(plan: Plan, joined: list[Size]) -> None:
+    """Of a hand-made model, tokens that have no place on the grid are taken for the first of its position table.
+
+    Raises:
+        UnsupportedModelError: they are put after the grid, and a table over both would change.
+    """
+    old, new = plan.subject.geometry, plan.target
+    tokens, extra = math.prod(old.grid or ()), old.prefix_tokens
+    both = [lengths for lengths in joined if sum(lengths) == tokens + extra and tokens in lengths]
+    changes = old.grid != new.grid and any(
+        isinstance(step, (SetParameter, SetBuffer)) and step.role is not None and tokens + extra in _shape(step)
+        for step in plan.steps
+    )
+    known = plan.subject.path or plan.subject.facts.suffix_tokens
+    if extra and changes and both and all(lengths[-1] != tokens for lengths in both) and not known:
+        raise UnsupportedModelError(
+            f"{type(plan.subject.model).__name__} puts tokens after its {tokens} patches ({both[0]} are put together), "
+            f"and anypatch takes the first {extra} entries of its position table for those that have no place on the "
+            f'grid: use keep="grid", or put them before the patches'
+        )
+
+
+def _shape(step: SetParameter | SetBuffer) -> Size:
+    tensor = step.parameter if isinstance(step, SetParameter) else step.module._buffers[step.name]
+    return () if tensor is None else tuple(tensor.shape)
+
+
 class Rehearsal:
     """A model and what to feed it.
 
@@ -119,6 +147,7 @@ class Rehearsal:
     def __init__(self, model: nn.Module, example: Callable[[], Example]) -> None:
         self.model = model
         self.example = example
+        self.joined: list[Size] = []  # lengths of what was put together on the way
         self.grids: dict[str, Size] = {}  # what each convolution that cuts patches made of the last image
 
     def at(self, plan: Plan | None, geometry: Geometry) -> dict[str, Size] | Exception:
@@ -132,7 +161,8 @@ class Rehearsal:
             size = (*fed.shape[: len(fed.shape) - len(image)], *image)
             stage = staged(self.model, plan, is_pure)
             self.grids = watch(stage, geometry.patch_size)
-            return shapes(stage, fed.call, size, like.dtype)
+            self.joined = []
+            return shapes(stage, fed.call, size, like.dtype, self.joined)
         except Exception as error:
             return error
 
