@@ -398,7 +398,7 @@ def test_the_rate_is_sought_both_ways(best: float, steps: int, tried: list[int])
     seen: list[int] = []
 
     def trial(peak: float, _: int) -> float:
-        seen.append(round(math.log(peak / 1e-5, schedule.FACTOR)))
+        seen.append(round(math.log(peak / schedule.TRIAL_TIMES / 1e-5, schedule.FACTOR)))
         return math.inf if best < -3 and seen[-1] > -3 else abs(seen[-1] - best)
 
     trainer._trial, trainer.look_steps = trial, lambda: 3.0

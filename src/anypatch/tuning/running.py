@@ -94,7 +94,8 @@ def tune(
         image_size, keep, kernel, positions: as for :func:`anypatch.adapt`.
         minutes: how long, about; ten if neither this nor ``steps`` is given.
         steps: how many steps, instead.
-        learning_rate: its highest value; ``"auto"`` tries several for some steps and takes each back.
+        learning_rate: its highest value; ``"auto"`` tries several for some steps and takes each back, in a tenth
+            of the run at most.
         lora: train adapters of this rank (by peft) in place of all weights, and merge them.
         output: a folder for the model in its library's format, a card, ``tune.json``, ``tune.csv``, ``report.html``,
             and the state that an interrupted run goes on from.

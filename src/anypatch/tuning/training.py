@@ -242,8 +242,8 @@ class Trainer:
     def found_rate(self, steps: int, first: float) -> float:
         """The range test: short runs from the start, judged on the held-out images and taken back.
 
-        It takes a tenth of the steps at most. From ``first`` it goes up as long as that is better, or else down; where
-        there is no time for two trials, ``first`` it is.
+        It takes a tenth of the steps at most; each of its runs is at a multiple of the rate, being short. From
+        ``first`` it goes up as long as that is better, or else down; where there is no time for two, ``first`` it is.
         """
         most, start = schedule.trials(steps, self.look_steps()), kept(self.pair.student)
         found: dict[float, float] = {}
@@ -252,7 +252,7 @@ class Trainer:
             if len(found) == most or not schedule.LEAST_RATE <= peak <= schedule.LAST_RATE:
                 return False
             self.progress("finding the learning rate", len(found), most)
-            found[peak] = self._trial(peak, schedule.trial_steps(steps))
+            found[peak] = self._trial(peak * schedule.TRIAL_TIMES, schedule.trial_steps(steps))
             put_back(self.pair.student, start)
             return found[peak] < found[than] or (peak < than and math.isinf(found[than]))
 
@@ -274,7 +274,7 @@ class Trainer:
         return best
 
     def _trial(self, peak: float, steps: int) -> float:
-        """The held-out loss after so many steps; infinite if the rate diverges."""
+        """The held-out loss after a short run; infinite if the rate diverges."""
         optimizer = self.optimizer()
         losses = [self.step(i, self.pool.row(i), optimizer, schedule.rate(i, steps, peak)) for i in range(steps)]
         found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
