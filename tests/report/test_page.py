@@ -251,6 +251,21 @@ def test_view(tmp_path: Path) -> None:
     assert save_view(drawn, tmp_path / "sub" / "out.png").is_file()
 
 
+def test_view_shows_the_reference_and_the_fidelity_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anypatch import sweep
+    from anypatch.measure import view as room
+
+    model, image = small(), write(tmp_path / "images" / "a.png", (200, 30, 30), 0)
+    below = slice(128 // 5, None)  # the heads say other things
+    two, with_it = view(model, image, [8, 4], cell=128), view(model, image, [4], reference="native", cell=128)
+    assert np.array_equal(np.array(two)[below], np.array(with_it)[below])
+    (row,) = sweep(model, [4], images=tmp_path / "images", cache=False, num_workers=0, progress=False).rows
+    monkeypatch.setattr(room, "_sheet", lambda views, maps, heads, cell: heads)
+    heads = view(model, image, [4, 8], reference="native")
+    assert [head for head, _ in heads] == [f"patch 4, fidelity {row['patch_fidelity']:.3f}", "patch 8 (reference)"]
+    assert [head for head, _ in view(model, image, [8], image_size=64, reference="asked")] == ["patch 8 (reference)"]
+
+
 def test_view_errors(tmp_path: Path) -> None:
     image = write(tmp_path / "a.png", (200, 30, 30), 0)
     (tmp_path / "b.png").write_bytes(b"nothing")
@@ -259,6 +274,8 @@ def test_view_errors(tmp_path: Path) -> None:
             view(small(), tmp_path / name, [8])
     with pytest.raises(GeometryError, match="does not divide"):
         view(small(), image, [5])
+    with pytest.raises(AnypatchError, match="reference must be"):
+        view(small(), image, [8], reference="other")  # type: ignore[arg-type]
     with pytest.raises(AnypatchError, match="ending"):
         save_view(Image.new("RGB", (4, 4)), tmp_path / "out.xyz")
 

@@ -133,6 +133,10 @@ def view(
     keep: o.KeepOption = o.Keep.image,
     kernel: o.KernelOption = o.Kernel.wiener,
     positions: o.PositionsOption = o.Positions.antialias,
+    reference: Annotated[
+        Optional[o.Reference],
+        typer.Option(help="Draw it, too, and say the others' fidelity to it: asked or native, as in sweep."),
+    ] = None,
     device: o.Device = None,
     arch: o.Arch = None,
     prefix: o.Prefix = None,
@@ -155,6 +159,7 @@ def view(
             kernel=kernel.value,
             positions=positions.value,
             device=device,
+            reference=None if reference is None else reference.value,
             arch=arch,
             **o.loader_options(option, None, prefix),
         )

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anypatch.adaptation import describe
-from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
+from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import AnypatchError, DataError
+from anypatch.hosts.images import Preprocess
+from anypatch.measure.accuracy import patch_fidelity
 from anypatch.measure.decoding import reason
 from anypatch.measure.features import Reader, at_geometry, dtype_of
 from anypatch.measure.job import on_device
@@ -22,7 +24,7 @@ from anypatch.measure.loading import load_model
 from anypatch.measure.pixels import as_rgb
 from anypatch.measure.preprocess import preprocess_of
 from anypatch.measure.processes import best_device, usable
-from anypatch.measure.targets import Asked, show_side, targets_of
+from anypatch.measure.targets import Asked, Reference, show_side, targets_of
 from anypatch.report.colours import shared_colours
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def view(
     positions: PositionsLike = "antialias",
     arch: str | None = None,
     device: str | torch.device | None = None,
+    reference: Reference | None = None,
     cell: int = 256,
     **host_kwargs: Any,
 ) -> Image:
@@ -52,6 +55,7 @@ def view(
         source: what :func:`anypatch.load` takes, or a live model, which is left as it is.
         image: an image file.
         patch_sizes, image_size, keep, kernel, positions, arch, device: as in :func:`anypatch.sweep`.
+        reference: ``"asked"`` or ``"native"`` as there: it is drawn, too, and the others' patch fidelity to it is said.
         cell: the width of a column in pixels.
 
     Raises:
@@ -60,29 +64,43 @@ def view(
     """
     picture = _open(image)
     subject = describe(load_model(source, arch, host_kwargs))
-    targets = targets_of(subject, Asked(patch_sizes, image_size, keep, kernel, positions)).targets
+    found = targets_of(subject, Asked(patch_sizes, image_size, keep, kernel, positions, reference or "asked"))
+    targets = found.targets
+    if reference is not None and found.reference not in targets:
+        targets = [found.reference, *targets]
     preprocess = preprocess_of(subject, None if isinstance(source, nn.Module) else str(source))
     place = best_device() if device is None else usable(device)
     base = on_device(subject, place)
     views, features = [], []
     for target in targets:
         reader = Reader(at_geometry(base, target, kernel, positions))
-        assert target.image_size is not None
-        height, width = target.image_size
-        seen = preprocess.view(picture, (height, width))
-        pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None].to(place)
-        found = reader(preprocess.normalise(pixels).to(dtype_of(reader.model)))
-        features.append(found.patches[0].float().cpu())
+        seen, patches = _seen(reader, target, preprocess, picture, place)
         views.append(seen)
-    maps = [line[0] for line in shared_colours([[f] for f in features])]
-    heads = [
-        (
-            f"patch {show_side(t.patch_size)}",
-            f"image {show_side(t.image_size or ())}, {m.shape[0]} x {m.shape[1]} patches",
-        )
-        for t, m in zip(targets, maps, strict=True)
-    ]
-    return _sheet(views, maps, heads, cell)
+        features.append(patches)
+    heads = [_head(target, patches) for target, patches in zip(targets, features, strict=True)]
+    if reference is not None:
+        own = targets.index(found.reference)
+        for column, (name, facts) in enumerate(heads):
+            kept = patch_fidelity([features[column]], [features[own]])
+            heads[column] = (f"{name} (reference)" if column == own else f"{name}, fidelity {kept:.3f}", facts)
+    return _sheet(views, [line[0] for line in shared_colours([[f] for f in features])], heads, cell)
+
+
+def _seen(
+    reader: Reader, target: Geometry, preprocess: Preprocess, picture: Image, place: torch.device
+) -> tuple[Image, Tensor]:
+    """What a model sees of a picture, and its patch features (h, w, c)."""
+    assert target.image_size is not None
+    height, width = target.image_size
+    seen = preprocess.view(picture, (height, width))
+    pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None].to(place)
+    return seen, reader(preprocess.normalise(pixels).to(dtype_of(reader.model))).patches[0].float().cpu()
+
+
+def _head(target: Geometry, patches: Tensor) -> tuple[str, str]:
+    """What stands above a column."""
+    image, grid = show_side(target.image_size or ()), f"{patches.shape[0]} x {patches.shape[1]}"
+    return f"patch {show_side(target.patch_size)}", f"image {image}, {grid} patches"
 
 
 def save_view(picture: Image, path: str | Path) -> Path:
