@@ -322,6 +322,19 @@ def test_sweep_and_view_take_the_nearest_size_and_print_lines(anypatch: Anypatch
     assert (tmp_path / "seen" / "v.png").is_file()
 
 
+@pytest.mark.parametrize(("terminal", "arguments", "off"), [(True, [], False), (True, ["-q"], True), (False, [], True)])
+def test_bars_of_other_libraries_are_for_people(
+    terminal: bool, arguments: list[str], off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # so that it is put back
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(sys, "argv", ["anypatch", "--version", *arguments])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == ("1" if off else None)
+
+
 def test_a_pipe_gets_whole_words(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     lines = anypatch("inspect", *VIT, "--patch-size", "32").stdout.splitlines()

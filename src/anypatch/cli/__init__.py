@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from anypatch import __version__
 from anypatch.cli import comparing, models, output, tuning, writing
-from anypatch.cli.stderr import notes
+from anypatch.cli.stderr import notes, without_bars
 from anypatch.errors import AnypatchError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -60,6 +60,7 @@ def main() -> None:
     quiet = "--quiet" in arguments or "-q" in arguments
     if not debug:
         logging.disable(logging.ERROR)  # other packages'; what they mean is in the error that follows
+    without_bars(quiet)
     try:
         with notes(quiet, debug):
             status = run(arguments or ["--help"], debug)

@@ -27,6 +27,15 @@ def working(text: str, quiet: bool = False) -> AbstractContextManager[Progress]:
     return shown_progress(False if quiet or not leads() else None, text)
 
 
+def without_bars(quiet: bool = False) -> None:
+    """Where nobody watches, or asked for quiet: no bars of the hub's client and of transformers, which does as it does.
+
+    The process is the command's own, and neither library is imported yet. Our lines of progress stay.
+    """
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 @contextlib.contextmanager
 def notes(quiet: bool = False, debug: bool = False) -> Iterator[None]:
     """anypatch's own warnings as notes of one line; other packages' only for ``--debug``.
