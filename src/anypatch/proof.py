@@ -8,7 +8,6 @@ than float noise is something the adaptation forgot.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from anypatch.core.modes import on_its_own
 from anypatch.core.outputs import named_tensors, ungrown
 from anypatch.core.placement import require_values
 from anypatch.core.recordings import results
+from anypatch.core.shells import copied
 from anypatch.core.twins import Subject
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
@@ -170,11 +170,11 @@ def _copied(model: nn.Module) -> nn.Module:
             require_values(name, tensor)
     try:
         left: dict[int, Any] = {id(tensor): tensor.detach() for tensor in results(model)}
-        copied = copy.deepcopy(model, left).cpu().float().eval()
+        other = copied(model, left).cpu().float().eval()
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be copied to be checked: {error}") from error
-    history.note_copy(model, copied)
-    return copied
+    history.note_copy(model, other)
+    return other
 
 
 def _present(example: Example, model: nn.Module, part: nn.Module, pixels: Tensor) -> _Run:

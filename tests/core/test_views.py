@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -592,3 +593,89 @@ def test_a_view_goes_on_after_there_and_back() -> None:
     anypatch.adapt(model, 16)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(same(x), model(x))
+
+
+# -- functions that somebody put in the place of methods ------------------------------------------------------------
+
+PATCHED = vit()
+
+
+def in_globals(*args: Any) -> Tensor:
+    return type(PATCHED).forward(PATCHED, *args)
+
+
+def replaced(kind: str) -> Any:
+    model = copy.deepcopy(PATCHED)
+    old = model.forward
+
+    def closing(x: Tensor) -> Tensor:
+        return old(x)
+
+    def method(self: nn.Module, x: Tensor) -> Tensor:
+        return old(x)
+
+    if kind == "closure":
+        model.forward = closing
+    elif kind == "method":
+        model.forward = types.MethodType(method, model)
+    elif kind == "default":
+        model.forward = lambda x, model=model: type(model).forward(model, x)
+    elif kind == "decorated":
+        model.forward = torch.no_grad()(functools.wraps(old)(closing))
+    elif kind == "compiled":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif kind == "part":
+        stem = model.patch_embed.forward
+        model.patch_embed.forward = lambda *args: stem(*args)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", ["closure", "method", "default", "decorated", pytest.param("compiled", marks=pytest.mark.slow), "part"]
+)
+def test_a_function_in_the_place_of_a_method_runs_the_view(kind: str) -> None:
+    model = replaced(kind)
+    view, other = anypatch.at(model, 16), adapted(PATCHED, 16)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(view(x), other(x))
+        torch.testing.assert_close(model(x), PATCHED(x))
+
+
+def test_so_does_one_that_names_the_model() -> None:
+    other = adapted(PATCHED, 16)
+    PATCHED.forward = in_globals
+    try:
+        view = anypatch.at(PATCHED, 16)
+    finally:
+        del PATCHED.forward
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(view(x), other(x))
+
+
+def test_a_rehearsal_does_not_run_the_model_through_a_function_of_its_own() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.calls = vit(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.model(x)
+
+    model = Counting()
+    old = model.forward
+    model.forward = lambda x: old(x)
+    anypatch.adapt(model, 16)
+    assert model.calls == 0
+    assert model(torch.randn(1, 3, 32, 32)).shape[0] == model.calls
+
+
+@pytest.mark.parametrize("kind", ["closure", "default", "part"])
+def test_check_is_of_a_copy_that_runs_itself(kind: str) -> None:
+    model = replaced(kind)
+    seen: list[int] = []
+    model.blocks[0].register_forward_hook(lambda module, *_: seen.append(id(module)))
+    assert anypatch.check(model, 16).passed
+    assert id(model.blocks[0]) not in seen

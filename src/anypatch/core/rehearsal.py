@@ -21,8 +21,8 @@ from anypatch.core.geometry import Size
 from anypatch.core.modes import about, mapped, tensors_in
 from anypatch.core.outputs import named_tensors
 from anypatch.core.plan import Plan
+from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter
-from anypatch.core.views import SHARED, Shells
 
 META = torch.device("meta")
 RUN = ("_forward_hooks", "_forward_pre_hooks")

@@ -11,12 +11,9 @@ does not tell of changes made through ``.data``, so a kept value could be stale.
 
 from __future__ import annotations
 
-import copy
-import functools
 import threading
 import types
 import weakref
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -26,20 +23,15 @@ from torch import Tensor, nn
 
 from anypatch.core import outdated
 from anypatch.core.adapters import HELD
-from anypatch.core.attributes import ATOMS, like
+from anypatch.core.attributes import like
 from anypatch.core.outdated import MARK
 from anypatch.core.plan import Plan
+from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 
-SHARED = ("_parameters", "_buffers")
-FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
-CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
-PLAIN = (Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Generator)
-OPAQUE = (*ATOMS, *PLAIN, torch._C.ScriptMethod, torch._C.ScriptFunction)
 TREE = "_anypatch_modules"  # in the attributes of one shell: the model's modules when the view was taken
-DEPTH = 4  # objects within objects in which modules are looked for; hosts keep them one or two deep
 
 
 @dataclass(frozen=True)
@@ -99,103 +91,6 @@ class Constant:
 
 Bound = Follows | Constant
 M = TypeVar("M", bound=nn.Module)
-
-
-class Shells:
-    """Makes shells, each module's once, and rewrites references so that they stay inside the view."""
-
-    def __init__(self) -> None:
-        self.made: dict[int, Any] = {}
-        self._keep: list[Any] = []  # ids stay valid while the objects live
-        self._plain: set[int] = set()  # objects that refer to no module
-
-    def shell(self, module: nn.Module) -> nn.Module:
-        """The shell of a module and of all that it holds."""
-        if id(module) in self.made:
-            return self.made[id(module)]
-        shell: nn.Module = object.__new__(type(module))
-        self.remember(module, shell)
-        fields = vars(shell)
-        for name, value in list(vars(module).items()):
-            if name in SHARED:
-                fields[name] = value
-            elif name not in FRESH:
-                fields[name] = self.rebound(value)
-        return shell
-
-    def rebound(self, value: Any, depth: int = 0) -> Any:
-        """A value in which modules are replaced by their shells; containers are copied, other objects shared."""
-        if isinstance(value, OPAQUE):
-            return value
-        if id(value) in self.made:
-            return self.made[id(value)]
-        if isinstance(value, nn.Module):
-            return self.shell(value)
-        if type(value) in CONTAINERS:
-            return self._container(value, depth)
-        if isinstance(value, tuple):
-            parts = [self.rebound(item, depth) for item in value]
-            if all(a is b for a, b in zip(parts, value, strict=True)):
-                return value
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        if not self._refers(value, depth):
-            return value
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self.rebound(value.__self__, depth))
-        if isinstance(value, functools.partial):
-            args, keywords = self.rebound(value.args, depth), self.rebound(value.keywords, depth)
-            return functools.partial(self.rebound(value.func, depth), *args, **keywords)
-        if isinstance(value, weakref.ReferenceType):
-            return weakref.ref(self.rebound(value(), depth))
-        result = copy.copy(value)
-        self.remember(value, result)
-        vars(result).update({name: self.rebound(field, depth + 1) for name, field in list(vars(value).items())})
-        return result
-
-    def _container(self, value: Any, depth: int) -> Any:
-        result = copy.copy(value)
-        self.remember(value, result)
-        if isinstance(value, (set, frozenset)):
-            result.clear()
-            result.update(self.rebound(item, depth) for item in value)
-            return result
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            result[key] = self.rebound(item, depth)
-        return result
-
-    def _refers(self, value: Any, depth: int) -> bool:
-        """Whether an object leads to a module."""
-        if isinstance(value, OPAQUE) or id(value) in self._plain or depth > DEPTH:
-            return False
-        if isinstance(value, nn.Module):
-            return True
-        self._plain.add(id(value))  # for as long as its parts are looked at: it may lead to itself
-        self._keep.append(value)
-        found = any(self._refers(part, depth + 1) for part in _parts(value))
-        if found:
-            self._plain.discard(id(value))
-        return found
-
-    def remember(self, value: Any, result: Any) -> None:
-        """Wherever ``value`` would be, ``result`` is."""
-        self._keep.append(value)
-        self.made[id(value)] = result
-
-
-def _parts(value: Any) -> list[Any]:
-    """What an object holds, as far as modules may be among it."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return list(value)
-    if isinstance(value, types.MethodType):
-        return [value.__self__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, weakref.ReferenceType):
-        return [value()]
-    fields = getattr(value, "__dict__", None)
-    return list(fields.values()) if isinstance(fields, dict) else []
 
 
 class _Bound:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from anypatch import __version__
 from anypatch.adaptation import describe
 from anypatch.core.geometry import Geometry
+from anypatch.core.shells import copied
 from anypatch.core.twins import Subject
 from anypatch.hosts import library
 from anypatch.measure.accuracy import neighbours
@@ -198,4 +198,4 @@ def on_device(subject: Subject, device: torch.device) -> Subject:
     model = subject.model
     if all(tensor.device == place for tensor in (*model.parameters(), *model.buffers())):
         return subject
-    return describe(copy.deepcopy(model).to(place))
+    return describe(copied(model).to(place))

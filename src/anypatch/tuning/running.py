@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from torch import nn
 from anypatch.adaptation import adapt, at, describe, make_plan
 from anypatch.core.adapters import unwrap
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, Size, SizeLike, as_size, show
+from anypatch.core.shells import copied
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, DataError, GeometryError, UnsupportedModelError
@@ -222,10 +222,10 @@ class Run:
     def _pair(self) -> Pair:
         """The teacher, and a student of its own weights, both on this process's device."""
         device = self.team.device
-        student = copy.deepcopy(unwrap(self.user)).to(device).float()
+        student = copied(unwrap(self.user)).to(device).float()
         _unfreeze(student)
         teacher_size = _teacher_size(self.user, self.native, self.asked.image_size)
-        moved = self.user if _is_on(self.user, device) else copy.deepcopy(unwrap(self.user)).to(device)
+        moved = self.user if _is_on(self.user, device) else copied(unwrap(self.user)).to(device)
         teacher = face(at(moved, None, teacher_size), self.preprocess, device, teacher_size)
         options: Any = {"keep": self.asked.keep, "kernel": self.asked.kernel, "positions": self.asked.positions}
         if not self.asked.several:
