@@ -23,6 +23,7 @@ from anypatch.errors import CheckpointError
 from anypatch.files import atomic, shards
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import TYPE_NAMES, Header, read_header
+from anypatch.files.paths import given
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
 from anypatch.files.tensors import require_finite, tensor_bytes
@@ -80,7 +81,9 @@ def convert(
         GeometryError: sizes that do not fit.
         UnsupportedModelError: the model cannot be adapted.
     """
-    source, target = Path(source), Path(target)
+    source, target = given(source, "source"), given(target, "target")
+    if os.path.lexists(target) and not target.exists():
+        raise CheckpointError(f"{target} is a link to nothing: name another target")
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     ask = {

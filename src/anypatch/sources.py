@@ -24,6 +24,7 @@ from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
+from anypatch.files.paths import at_home, given
 from anypatch.files.snapshot import copy_within, require_inside
 from anypatch.hosts import cards, door
 from anypatch.hosts.folders import replaced_names, without_formats
@@ -104,13 +105,14 @@ def load(
         CheckpointError: the source does not exist, cannot be had, cannot be read or is damaged.
         GeometryError: sizes that do not fit.
     """
+    source = at_home(str(source))
     with LOADING, undisturbed(), with_own_dtype():
-        model = _load(str(source), host_kwargs)
-    history.note_origin(unwrap(model), str(source))
+        model = _load(source, host_kwargs)
+    history.note_origin(unwrap(model), source)
     if patch_size is not None or image_size is not None:
         # what a name stands for is the library's own, and an error there ours; a directory may say anything
-        local = Path(str(source).partition(":")[2] or source).exists() or Path(source).exists()
-        with door.describing(str(source)) if local else contextlib.nullcontext():
+        local = Path(source.partition(":")[2] or source).exists() or Path(source).exists()
+        with door.describing(source) if local else contextlib.nullcontext():
             adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     return model
 
@@ -120,7 +122,7 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
     library = hosts.by_prefix(prefix)
     if library is not None and name:
         return door.load(library, name, **host_kwargs)
-    path = Path(source).expanduser()
+    path = given(source, "source")
     if path.is_dir():
         folder, name = recognise_directory(path)
         try:
@@ -219,7 +221,7 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
             the layer or tensor.
         CheckpointError: the directory cannot be written.
     """
-    path = Path(directory)
+    path = given(directory, "directory")
     hub = _for_hub(extras)
     library = host(model)
     source, steps = history.origin(unwrap(model)), history.steps(unwrap(model))

@@ -7,9 +7,9 @@ place when it is complete and on the disk:
 - a directory, by exchanging it with the one that is there, in one step where the system has such a step
   (``renameat2``), else by two renames. A run that is killed between the two leaves the old directory in its stage,
   and the next run puts it back;
-- where nothing may be written beside the target, or it is a mount point, its files are moved one by one, the
-  configurations away first and in last: a run that is killed meanwhile leaves a directory that no library takes for a
-  model, and the next run puts the old files back.
+- where nothing may be written beside the target, or it is a mount point or the current directory, its files are moved
+  one by one, the configurations away first and in last: a run that is killed meanwhile leaves a directory that no
+  library takes for a model, and the next run puts the old files back.
 
 A stage holds a note that its run has locked. What has the name of a stage, this note and no lock was left by a killed
 run; nothing else is ever cleaned.
@@ -126,10 +126,20 @@ def _speaking_of(target: Path) -> Iterator[None]:
 
 
 def _room(target: Path) -> Path:
-    """Where the stage goes: beside the target, or in it where it cannot be exchanged as a whole."""
-    if target.is_dir() and any(map(os.path.ismount, (target, *target.iterdir()))):
+    """Where the stage goes: beside the target, or in it where it cannot be exchanged as a whole.
+
+    Whoever works in a directory, as this process or the shell that started it may, would be left in the old one.
+    """
+    if target.is_dir() and (_works_in(target) or any(map(os.path.ismount, (target, *target.iterdir())))):
         return target
     return target.parent
+
+
+def _works_in(target: Path) -> bool:
+    try:
+        return Path(os.path.realpath(os.curdir)).is_relative_to(target)
+    except OSError:  # a directory that is gone
+        return False
 
 
 @contextlib.contextmanager

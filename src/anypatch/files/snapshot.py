@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from anypatch.errors import CheckpointError
+from anypatch.files.atomic import MARK
 from anypatch.files.opening import Identity
 
 
@@ -37,7 +38,9 @@ class Snapshot:
 
 def _states(folder: Path) -> dict[str, Identity]:
     found: dict[str, Identity] = {}
-    for root, _, names in os.walk(folder, followlinks=False):
+    for root, directories, names in os.walk(folder, followlinks=False):
+        if Path(root) == folder:  # what is being put in its place may lie in it meanwhile
+            directories[:] = [name for name in directories if not name.startswith(MARK)]
         for name in names:
             path = Path(root, name)
             try:

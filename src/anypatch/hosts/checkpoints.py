@@ -13,6 +13,7 @@ from anypatch.core.ambient import undisturbed
 from anypatch.core.limits import LimitError
 from anypatch.errors import AnypatchWarning, CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
+from anypatch.files.paths import at_home
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.tensors import require_finite
 from anypatch.hosts.base import Host
@@ -97,7 +98,7 @@ def split(arch: str) -> tuple[Host, str]:
     """
     if not isinstance(arch, str) or not arch:
         raise CheckpointError(f"arch must be like timm:vit_base_patch16_224, got {arch!r}")
-    prefix, colon, name = arch.partition(":")
+    prefix, colon, name = at_home(arch).partition(":")
     if not colon:
         return hosts.library("timm"), arch
     library = hosts.by_prefix(prefix)

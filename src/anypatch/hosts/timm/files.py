@@ -88,7 +88,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def load(name: str, **host_kwargs: Any) -> nn.Module:
     import timm
 
-    _require_known(name, host_kwargs)
+    name = _known(name, host_kwargs)
     host_kwargs.setdefault("pretrained", True)
     return timm.create_model(name, **host_kwargs)
 
@@ -96,7 +96,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
 def build(name: str, **host_kwargs: Any) -> nn.Module:
     import timm
 
-    _require_known(name, host_kwargs)
+    name = _known(name, host_kwargs)
     return timm.create_model(name, pretrained=False, **host_kwargs)
 
 
@@ -106,9 +106,12 @@ def names() -> list[str]:
     return timm.list_models()
 
 
-def _require_known(name: str, options: Mapping[str, Any]) -> None:
+def _known(name: str, options: Mapping[str, Any]) -> str:
+    """The name as timm takes it, after what it stands for was looked at."""
     import timm
 
+    if ":" not in name and not timm.is_model(name.partition(".")[0]) and Path(name).is_dir():
+        name = names_folder(Path(name)) or name
     found = repository(name)
     if name.startswith(LOCAL):
         checked_folder(Path(name.partition(":")[2]))
@@ -118,6 +121,7 @@ def _require_known(name: str, options: Mapping[str, Any]) -> None:
             described(read_config(path), path)
     elif ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown(NAME, name, names())
+    return name
 
 
 def repository(name: str) -> tuple[str, str] | None:

@@ -1,0 +1,92 @@
+"""Places as callers write them: the home directory, the current one, nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import anypatch
+from anypatch import CheckpointError
+
+
+def _tiny() -> Any:
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, num_classes=3)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory, and another one that is the current one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+def test_the_home_directory(home: Path) -> None:
+    anypatch.save(_tiny(), "~/vit")
+    anypatch.convert("~/vit", "~/vit8", 8)
+    torch.save(timm.create_model("test_vit").state_dict(), home / "file.pth")
+    anypatch.convert("~/file.pth", Path("~/file8.safetensors"), 8)
+    for source in ("~/vit8", "timm:local-dir:~/vit8", "timm:~/vit8"):
+        assert anypatch.geometry(anypatch.load(source)).patch_size == (8, 8)
+    assert anypatch.geometry(anypatch.load("~/file8.safetensors", arch="timm:test_vit")).patch_size == (8, 8)
+    assert sorted(path.name for path in home.iterdir()) == ["file.pth", "file8.safetensors", "vit", "vit8"]
+    assert not list((home.parent / "here").iterdir())
+
+
+def test_a_name_that_begins_so_is_no_home(home: Path) -> None:
+    anypatch.save(_tiny(), "~vit")
+    assert (home.parent / "here" / "~vit" / "config.json").is_file()
+    assert anypatch.geometry(anypatch.load("timm:~vit", 8)).patch_size == (8, 8)
+
+
+def _save(target: str) -> None:
+    anypatch.save(anypatch.adapt(_tiny(), 8), target)
+
+
+def _convert(target: str) -> None:
+    anypatch.convert(target, target, 8)
+
+
+@pytest.mark.parametrize(("act", "below"), [(_save, False), (_convert, False), (_save, True)])
+def test_the_current_directory_stays_the_one_it_is(
+    home: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[str], None], below: bool
+) -> None:
+    """A directory that was exchanged for another would leave this process, and the shell around it, in the old one."""
+    here = home.parent / "here"
+    anypatch.save(_tiny(), here)
+    (here / "sub").mkdir()
+    for name in ("notes.txt", "sub/more.txt"):
+        (here / name).write_text("mine")
+    if below:
+        monkeypatch.chdir("sub")
+    act(".." if below else ".")
+    assert Path().resolve().samefile(here / "sub" if below else here)
+    assert sorted(path.name for path in here.iterdir() if not path.name.startswith("README")) == [
+        "config.json", "model.safetensors", "notes.txt", "sub",
+    ]  # fmt: skip
+    assert anypatch.geometry(anypatch.load(".." if below else ".")).patch_size == (8, 8)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "n" * 300, "n/" * 3000, 3])
+def test_what_is_no_path(home: Path, path: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"the directory .*(must be a path|longer than any path)"):
+        anypatch.save(_tiny(), path)
+    with pytest.raises(CheckpointError, match=r"the source .*(must be a path|longer than any path)"):
+        anypatch.convert(path, "out", 8)
+    if isinstance(path, str):
+        with pytest.raises(CheckpointError, match=r"the source .*(must be a path|longer than any path)"):
+            anypatch.load(path)
+
+
+def test_links_in_a_circle(home: Path) -> None:
+    anypatch.save(_tiny(), "vit")
+    Path("loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop is a link to nothing"):
+        anypatch.convert("vit", "loop", 8)
