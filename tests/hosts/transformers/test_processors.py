@@ -108,6 +108,33 @@ def test_nothing_changes_where_the_image_does_not(tmp_path: Path) -> None:
     assert (found.size["shortest_edge"], found.crop_size["height"]) == (512, 448)
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[]", "is damaged: it is no table"),
+        ("\xff", "is damaged"),
+        ('{"size": {"height": "x", "width": 64}}', "says sizes that no image has"),
+        ('{"crop_size": [[], 3]}', "says sizes that no image has"),
+    ],
+)
+def test_a_damaged_processor_is_named_both_ways(tmp_path: Path, text: str, match: str) -> None:
+    source = tmp_path / "in"
+    transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=64
+        )
+    ).save_pretrained(source)
+    (source / "preprocessor_config.json").write_text(text, encoding="latin-1")
+    model = anypatch.load(source, image_size=128)
+    for act in (
+        lambda: anypatch.save(model, tmp_path / "out"),
+        lambda: anypatch.convert(source, tmp_path / "out", image_size=128),
+    ):
+        with pytest.raises(anypatch.CheckpointError, match=rf"in/preprocessor_config\.json {match}"):
+            act()
+    assert not (tmp_path / "out").exists()
+
+
 def test_masks_follow_the_grid() -> None:
     processor = transformers.SamImageProcessor(
         size={"longest_edge": 1024},

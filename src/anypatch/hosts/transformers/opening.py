@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from anypatch.core.empty import empty
 from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError
-from anypatch.files.configs import read_config, read_json
+from anypatch.files.configs import read_config
 from anypatch.files.header import Entry
 from anypatch.files.shards import INDEX, Shards, read_shards
 from anypatch.hosts.opened import Opened, dump, merged
@@ -48,9 +48,6 @@ def open_folder(source: Path) -> Opened:
 
     def texts(plan: Plan) -> dict[str, str]:
         plan.apply()
-        for name in processors.FILES:
-            if (source / name).is_file():
-                read_json(source / name)  # or its error
         config = {"config.json": dump(merged(raw, before, model.config.to_dict()))}
         return config | processors.texts(source, plan.subject.geometry, plan.target)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from anypatch.core.geometry import Geometry, Size
+from anypatch.errors import CheckpointError
+from anypatch.files.configs import read_json
 
 # Sizes in pixels. Those in FRAMES say, the first that is there, how large the images are that the model gets.
 FRAMES = ("crop_size", "max_image_size", "size", "pad_size", "image_size")
@@ -36,12 +38,20 @@ def texts(source: Path, old: Geometry | None, new: Geometry) -> dict[str, str]:
         source: the directory.
         old: the geometry of the model that it holds, where that is known.
         new: the geometry to follow.
+
+    Raises:
+        CheckpointError: one is damaged, or says sizes that are none.
     """
     result = {}
     for name in FILES:
         if (source / name).is_file():
-            fields = json.loads((source / name).read_text(encoding="utf-8"))
-            found = resized(fields, old, new) if isinstance(fields, dict) else fields
+            fields = read_json(source / name)
+            try:
+                found = resized(fields, old, new)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{source / name} says sizes that no image has: {type(error).__name__}: {error}"
+                ) from error
             if found != fields:
                 result[name] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     return result
