@@ -26,6 +26,7 @@ from anypatch import AnypatchError, CheckpointError, DataError, GeometryError, U
 from anypatch.hosts.blocks import Tokens
 from anypatch.hosts.images import Features, Preprocess
 from anypatch.proof import randomise
+from anypatch.report.colours import shared_colours
 from anypatch.tuning import schedule
 from anypatch.tuning.checkpoint import FILE
 from anypatch.tuning.crops import drawn_image, random_box
@@ -201,6 +202,14 @@ def test_the_fidelity_that_is_reported_is_there(photos: Path) -> None:
         one, two = (m.forward_head(m.forward_features(pixels), pre_logits=True) for m in (native, model))
     cosine = ((one * two).sum(1) / one.norm(dim=1) / two.norm(dim=1)).mean().item()
     assert result.rows[0]["fidelity_after"] == pytest.approx(cosine, abs=1e-5)
+    models = ((native, 8), (anypatch.adapt(copy.deepcopy(native), 8), 4), (model, 4))
+    with torch.no_grad():
+        tokens = [(m.forward_features(pixels[:4])[:, 1:], side) for m, side in models]
+    wanted = shared_colours([list(found.unflatten(1, (side, side))) for found, side in tokens])
+    for number, sample in enumerate(result.samples):  # the report's pictures: native, before, after
+        for shown, colours in zip(sample.maps, wanted, strict=True):
+            assert np.abs(shown.astype(int) - colours[number]).max() <= 2
+    assert not np.array_equal(wanted[1], wanted[2])
 
 
 def test_several_patch_sizes_share_the_native_weights(photos: Path, tmp_path: Path) -> None:
