@@ -421,7 +421,7 @@ class StoppedError(Exception):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(photos: Path, tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {**OPTIONS, "images": photos, "patch_size": (2, 8), "steps": 10, "learning_rate": 1e-3}
+    arguments: dict[str, Any] = {**OPTIONS, "images": photos, "patch_size": (2, 8), "steps": 10, "learning_rate": 1e-4}
 
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("tuning") and done == 5:
@@ -437,6 +437,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(photos: Path, tmp_path: 
     with pytest.raises(CheckpointError, match="learning_rate"):
         anypatch.tune(model, output=tmp_path / "part", resume=True, **{**arguments, "learning_rate": 2e-3})
     resumed = anypatch.tune(model, output=tmp_path / "part", resume=True, **arguments)
+    assert whole.gained  # or all would end alike
     assert resumed.rows == whole.rows
     assert resumed.curve == whole.curve
     assert same(weights(model), weights(whole.model))
@@ -464,7 +465,7 @@ def _work(rank: int, port: int, photos: Path, results: Any) -> None:
     )  # fmt: skip
     torch.set_num_threads(1)
     model = vit()
-    result = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-3, **OPTIONS)
+    result = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-4, **OPTIONS)
     if rank == 0:
         results.put((result.rows, {name: value.numpy() for name, value in model.state_dict().items()}))
     torch.distributed.destroy_process_group()
@@ -479,7 +480,9 @@ def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
     for worker in workers:
         worker.start()
     model = vit()
-    alone = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-3, **OPTIONS)
+    begun = weights(model)
+    alone = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-4, **OPTIONS)
+    assert alone.gained  # or there is nothing to compare
     rows, state = results.get(timeout=120)
     for worker in workers:
         worker.join(60)
@@ -487,8 +490,11 @@ def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
     for one, two in zip(alone.rows, rows, strict=True):
         for name, value in one.items():
             assert two[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-3)
+    moved, apart = (
+        sum((value - other[name]).abs().sum().item() for name, value in model.state_dict().items())
+        for other in (begun, {name: torch.from_numpy(value) for name, value in state.items()})
+    )
+    assert apart < 0.01 * moved  # Adam turns rounding into steps where a gradient is nearly zero
 
 
 @pytest.mark.slow
