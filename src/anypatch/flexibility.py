@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.adaptation import at, geometry
+from anypatch.core import outdated
 from anypatch.core.adapters import HELD
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show, target_geometry
-from anypatch.core.outdated import Tree
 from anypatch.core.tables import PositionsLike
 from anypatch.core.views import SHARED, require_no_view
 from anypatch.errors import GeometryError
@@ -71,7 +71,8 @@ class Flexible(nn.Module):
         sizes = {as_size(size, axes, "patch_size", native.patch_size) for size in patch_sizes} | {native.patch_size}
         # The model's own dictionaries, so that names, wrappers and shards are the model's.
         vars(self).update({name: vars(model)[name] for name in (*SHARED, "_modules", "_non_persistent_buffers_set")})
-        vars(self).update({HELD: model, "_native": native, "_options": options, "_views": {}, "_tree": Tree(model)})
+        vars(self).update({HELD: model, "_native": native, "_options": options, "_views": {}})
+        outdated.watch(self, model)
         self.training = model.training
         self.patch_sizes: tuple[Size, ...] = tuple(sorted(sizes, key=lambda size: (math.prod(size), size)))
         for size in self.patch_sizes:
@@ -112,8 +113,9 @@ class Flexible(nn.Module):
             image = as_size(image_size, len(image), "image_size", image)
         if (patch, image) == (native.patch_size, native.image_size):
             return self.model
-        if vars(self)["_tree"].changed():  # a new head, an adapter: views are taken anew, as they would go on without
-            vars(self).update({"_views": {}, "_tree": Tree(self.model)})
+        if outdated.changed(self):  # a new head, an adapter: views are taken anew, as they would go on without
+            vars(self)["_views"] = {}
+            outdated.watch(self, self.model)
         found = vars(self)["_views"].get((patch, image))
         return self._make(patch, image) if found is None else found
 

@@ -26,6 +26,8 @@ MARK = "_anypatch_view"  # in every shell's attributes: its tensors that follow 
 _SHELLS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 # What each of them looks at already: what was there at the first adaptation counts.
 _LOOKING: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# The modules of the model behind a face. Beside it, not in it: what lies in a module is copied, pickled and hashed.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, list[tuple[str, Any]]]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -68,43 +70,42 @@ def _require_present(name: str, before: Any, shell: nn.Module, inputs: Any) -> N
         raise GeometryError(f"{name} has changed: the model was adapted since this view was taken, take another of it")
 
 
-class Tree:
-    """Which modules a model consisted of, to be looked at again; nothing in a copy, which no model stands behind."""
+def watch(face: nn.Module, model: nn.Module) -> None:
+    """Remember which modules a model consists of; for the face alone, as no model stands behind a copy of it."""
+    owners = [
+        (weakref.ref(owner), [(name, _reference(child)) for name, child in owner._modules.items()])
+        for owner in model.modules()
+    ]
+    with _LOCK:
+        _OWNERS[face] = owners
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self._owners = [
-            (weakref.ref(owner), [(name, _reference(child)) for name, child in owner._modules.items()])
-            for owner in (() if model is None else model.modules())
-        ]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tree, (None,)
+def require_same(face: nn.Module, *_: Any) -> None:
+    """Raises UnsupportedModelError: a module was replaced, added or taken away since; the message names it."""
+    exchanged = changed(face)
+    if exchanged:
+        raise UnsupportedModelError(
+            f"{exchanged} was replaced, added or taken away since this view was taken: take another of the model"
+        )
 
-    def require_same(self, *_: Any) -> None:
-        """Raises UnsupportedModelError: a module was replaced, added or taken away since; the message names it."""
-        changed = self.changed()
-        if changed:
-            raise UnsupportedModelError(
-                f"{changed} was replaced, added or taken away since this view was taken: take another of the model"
-            )
 
-    def changed(self) -> str:
-        """What is another module now; "" if nothing is. Some microseconds for every ten modules.
+def changed(face: nn.Module) -> str:
+    """What is another module now; "" if nothing is. Some microseconds for every ten modules.
 
-        Not looked at in a compiled program, which would be guarded by each of them.
-        """
-        if torch.compiler.is_compiling():
-            return ""
-        for reference, children in self._owners:
-            owner = reference()
-            if owner is None:
-                continue
-            now = owner._modules if type(owner._modules) is dict else dict(owner._modules.items())  # TorchScript's
-            if len(now) != len(children) or any(now.get(name) is not child() for name, child in children):
-                before = {name: child() for name, child in children}
-                names = [n for n in {**before, **dict(now.items())} if n not in now or now[n] is not before.get(n)]
-                return f"{', '.join(names)} in the {type(owner).__name__}"
+    Not looked at in a compiled program, which would be guarded by each of them.
+    """
+    if torch.compiler.is_compiling():
         return ""
+    for reference, children in _OWNERS.get(face, ()):
+        owner = reference()
+        if owner is None:
+            continue
+        now = owner._modules if type(owner._modules) is dict else dict(owner._modules.items())  # TorchScript's
+        if len(now) != len(children) or any(now.get(name) is not child() for name, child in children):
+            before = {name: child() for name, child in children}
+            names = [n for n in {**before, **dict(now.items())} if n not in now or now[n] is not before.get(n)]
+            return f"{', '.join(names)} in the {type(owner).__name__}"
+    return ""
 
 
 def _reference(child: nn.Module | None) -> Callable[[], nn.Module | None]:

@@ -31,8 +31,6 @@ from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 
-TREE = "_anypatch_modules"  # in the attributes of one shell: the model's modules when the view was taken
-
 
 @dataclass(frozen=True)
 class Follows:
@@ -164,10 +162,8 @@ def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
-        tree = self.__dict__.get(TREE)
         try:
-            if tree is not None:
-                tree.require_same()
+            outdated.require_same(self)
             return self.__dict__[MARK][name].value(self, name)
         except AttributeError as error:  # else nn.Module.__getattr__ would be asked, and give the model's own tensor
             raise RuntimeError(f"{name} cannot be computed: {error}") from error
@@ -190,11 +186,10 @@ def view(model: M, plan: Plan | None) -> M:
         if names:
             shell.__class__ = _subclass(type(shell), names)
     outdated.note((module, made[id(module)]) for module in model.modules())
-    tree, computing = outdated.Tree(model), next((shell for shell in root.modules() if vars(shell)[MARK]), None)
-    if computing is None:
-        root.register_forward_pre_hook(tree.require_same)
-    else:  # whenever this shell's tensors are read, which is once in a run, however the view is called
-        vars(computing)[TREE] = tree
+    computing = next((shell for shell in root.modules() if vars(shell)[MARK]), None)
+    outdated.watch(root if computing is None else computing, model)
+    if computing is None:  # else its tensors are read once in a run, however the view is called
+        root.register_forward_pre_hook(outdated.require_same)
     return root
 
 
