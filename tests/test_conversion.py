@@ -57,6 +57,7 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 # -- files -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.siblings(fast=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
 @pytest.mark.parametrize("sizes", [{"patch_size": 32}, {"patch_size": 8, "image_size": 96}, {"image_size": 128}])
 def test_file_equals_load_and_save(tmp_path: Path, dtype: torch.dtype, sizes: dict[str, Any]) -> None:

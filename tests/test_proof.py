@@ -107,6 +107,7 @@ def test_enlargement_is_patch_by_patch() -> None:
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
 def test_full_width_and_depth_with_torchs_own_attention() -> None:
     models = pytest.importorskip("torchvision.models")
     assert anypatch.check(models.vit_b_32(), 40).passed

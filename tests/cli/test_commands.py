@@ -299,6 +299,7 @@ def test_json(anypatch: Anypatch, tmp_path: Path) -> None:
     assert package.geometry(package.load(tmp_path / "there")).grid == (15, 15)
 
 
+@pytest.mark.slow
 def test_sweep_and_view_take_the_nearest_size_and_print_lines(anypatch: Anypatch, tmp_path: Path) -> None:
     from builders import image_folder
 
@@ -419,6 +420,7 @@ def test_ctrl_c_is_130_and_a_word(anypatch: Anypatch, monkeypatch: pytest.Monkey
     assert result.stderr == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_ends_it_quietly() -> None:
     read, write = os.pipe()
     os.close(read)

@@ -243,6 +243,7 @@ def test_numbers_drawn_on_its_own_are_the_same_each_time() -> None:
 # -- what the model's tensors went through before ----------------------------------------------------------
 
 
+@pytest.mark.siblings(fast=6)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("kind", ["rotary", "relative", "continuous"])
 def test_computed_tables_are_computed_anew_whatever_they_were_rounded_to(dtype: torch.dtype, kind: str) -> None:

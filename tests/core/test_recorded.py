@@ -68,6 +68,7 @@ STAYS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.siblings(fast=3)
 @pytest.mark.parametrize("kind", STAYS)
 def test_parts_that_know_no_size_stay(kind: str) -> None:
     model = STAYS[kind]()

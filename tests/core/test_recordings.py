@@ -96,6 +96,7 @@ MODELS: dict[str, Any] = {
 }
 
 
+@pytest.mark.siblings(fast=6)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_what_the_last_pass_recorded_is_no_obstacle(kind: str, grad: bool) -> None:

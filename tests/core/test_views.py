@@ -353,6 +353,7 @@ def test_config_of_transformers_is_the_views_own() -> None:
 # -- surroundings ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [vit, pytest.param(swin, marks=pytest.mark.slow)], ids=["vit", "swin"])
 def test_compile_in_one_graph(build: Callable[[], nn.Module]) -> None:
     model = build()

@@ -40,6 +40,7 @@ def _behind(prefix: str, state: State, factor: float = 1.0) -> State:
 OTHERS = {"criterion.weight": torch.ones(3), "epoch": 3}
 
 
+@pytest.mark.siblings(fast=6)
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
@@ -72,6 +73,7 @@ def test_training_checkpoints(tmp_path: Path, state: State, name: str, wrap: Cal
     assert torch.equal(written["patch_embed.proj.weight"], model.state_dict()["patch_embed.proj.weight"])
 
 
+@pytest.mark.siblings(fast=2)
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.vit.", "_orig_mod.net."])
 def test_prefixes_in_safetensors(tmp_path: Path, state: State, prefix: str) -> None:
     path = tmp_path / "x.safetensors"

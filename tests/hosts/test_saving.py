@@ -70,6 +70,7 @@ ADAPTERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.siblings(fast=7)
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("injected", [False, True])
 def test_adapters_are_merged(tmp_path: Path, kind: str, injected: bool) -> None:
@@ -576,6 +577,7 @@ def _kills(make: Callable[[], Any], target: Path, stride: int) -> int:
     return met
 
 
+@pytest.mark.siblings(fast=2)
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, host: str) -> None:
     assert _kills(HOSTS[host], tmp_path / "out", 13) > 1

@@ -53,6 +53,7 @@ def test_a_failure_is_a_row_and_not_the_end(
     assert "- all: 1 PASS, 0 REFUSED, 1 NOT YET" in printed
 
 
+@pytest.mark.slow
 def test_a_part_of_the_table_does_not_replace_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(coverage, "families", lambda *libraries: iter([entry("deit")]))

@@ -64,6 +64,7 @@ CHANCES = {
 SIZES: list[dict[str, Any]] = [{"patch_size": 16}, {"patch_size": 4}, {"image_size": 128}]
 
 
+@pytest.mark.siblings(fast=7)
 @pytest.mark.parametrize("read", [_plain, _map, _pooled])
 @pytest.mark.parametrize("chance", CHANCES)
 def test_it_is_adapted(chance: str, read: Any) -> None:

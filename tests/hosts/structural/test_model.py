@@ -436,6 +436,7 @@ assert torch.equal(model.eval()(x), y)
 """
 
 
+@pytest.mark.slow
 def test_saved_model_loads_without_anypatch(tmp_path):
     model = DinoV2().eval()
     anypatch.adapt(model, 16, 80)
@@ -490,6 +491,7 @@ def test_tokens_after_the_patches_are_refused_another_grid(before, after):
         assert torch.equal(model.pos_embed[:, :before], table[:, :before])
 
 
+@pytest.mark.siblings(fast=4)
 @pytest.mark.parametrize("image", [(32, 48), (24, 40), (16, 32), (32, 64), (24, 80)])  # 25, 16, 9, 33 and 31 entries
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_rectangle_that_a_model_was_adapted_to_is_known_afterwards(image, inside):

@@ -63,6 +63,7 @@ def assert_same_function(adapted: nn.Module, reference: nn.Module, height: int, 
 # -- the proof -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.siblings(fast=20)
 @pytest.mark.parametrize("name", PROVED)
 def test_growing_the_patch_preserves_the_function(name: str) -> None:
     family = FAMILIES[name]
@@ -356,6 +357,7 @@ def test_convit_keeps_a_square_grid() -> None:
     assert model(torch.randn(1, 3, 64, 128)).shape == (1, 1000)
 
 
+@pytest.mark.siblings(fast=18)
 @pytest.mark.parametrize("name", [name for name in PROVED if "mlp_mixer" not in name and name != "convit"])
 def test_another_shape_of_grid_is_what_timm_builds_there(name: str) -> None:
     """A model adapted to a wide image computes what timm's own model does with the adapted tensors."""
@@ -389,6 +391,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.siblings(fast=7)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_constructor(option: str) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **{**VIT, **OPTIONS[option]})
@@ -401,6 +404,7 @@ def test_options_of_the_constructor(option: str) -> None:
     assert anypatch.geometry(model).patch_size == target
 
 
+@pytest.mark.siblings(fast=3)
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -541,6 +545,7 @@ def unrecorded(name: str, **arguments: Any) -> Any:
     return model
 
 
+@pytest.mark.siblings(fast=1)
 @pytest.mark.parametrize("arguments", [{}, {"img_size": 64, "patch_size": 8}, {"in_chans": 1, "num_classes": 3}])
 def test_geometry_is_read_off_an_unrecorded_model(arguments: dict[str, Any], tmp_path: Path) -> None:
     model = unrecorded("vit_tiny_patch16_224", **arguments)

@@ -81,6 +81,7 @@ def assert_as_built(model: Any) -> None:
 # -- the proof ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.siblings(fast=32)
 @pytest.mark.parametrize("name", KINDS + HEADS)
 def test_growing_the_patch_is_exact(name: str) -> None:
     model = FAMILIES[name].build()
@@ -114,6 +115,7 @@ def test_a_table_that_forward_takes_for_a_square() -> None:
         anypatch.adapt(model, image_size=(32, 48))
 
 
+@pytest.mark.siblings(fast=10)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -185,6 +187,7 @@ GRIDS = ["vit", "beit shared", "swin", "swinv2", "yolos", "sam, whole", "vitdet"
          "audio-spectrogram-transformer", "perception_lm", "sam3_tracker_video", "timm_wrapper"]  # fmt: skip
 
 
+@pytest.mark.siblings(fast=7)
 @pytest.mark.parametrize("name", GRIDS)
 def test_everything_that_follows_is_as_in_a_model_built_there(name: str) -> None:
     assert_follows(name)
