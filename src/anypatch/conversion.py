@@ -27,7 +27,7 @@ from anypatch.files.paths import given
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
 from anypatch.files.tensors import require_finite, tensor_bytes
-from anypatch.hosts import cards, door
+from anypatch.hosts import cards, loading
 from anypatch.hosts.checkpoints import architecture, fit
 from anypatch.hosts.folders import without_formats
 from anypatch.hosts.opened import changed_tensors
@@ -93,7 +93,7 @@ def convert(
         "kernel": kernel,
         "positions": positions,
     }
-    with undisturbed(), door.describing(str(source)):
+    with undisturbed(), loading.describing(str(source)):
         if not source.is_dir():
             _convert_file(source, target, arch, ask, prefix)
             return

@@ -26,7 +26,7 @@ from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelErro
 from anypatch.files import atomic
 from anypatch.files.paths import at_home, given
 from anypatch.files.snapshot import copy_within, require_inside
-from anypatch.hosts import cards, door
+from anypatch.hosts import cards, loading
 from anypatch.hosts.folders import replaced_names, without_formats
 from anypatch.hosts.rebuilding import ADVICE
 
@@ -112,7 +112,7 @@ def load(
     if patch_size is not None or image_size is not None:
         # what a name stands for is the library's own, and an error there ours; a directory may say anything
         local = Path(source.partition(":")[2] or source).exists() or Path(source).exists()
-        with door.describing(source) if local else contextlib.nullcontext():
+        with loading.describing(source) if local else contextlib.nullcontext():
             adapt(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
     return model
 
@@ -121,12 +121,12 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
     prefix, _, name = source.partition(":")
     library = hosts.by_prefix(prefix)
     if library is not None and name:
-        return door.load(library, name, **host_kwargs)
+        return loading.load(library, name, **host_kwargs)
     path = given(source, "source")
     if path.is_dir():
         folder, name = recognise_directory(path)
         try:
-            return door.load(hosts.library(folder), name, **host_kwargs)
+            return loading.load(hosts.library(folder), name, **host_kwargs)
         except UnsupportedModelError as error:
             if host_kwargs or not isinstance(error.__cause__, TypeError):
                 raise  # a library that is not there, or an option of the caller's
@@ -136,7 +136,7 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
 
         if host_kwargs.get("pretrained", True) is not True:
             raise CheckpointError(f"{path} is a file of weights: leave out pretrained")
-        with door.speaking_for(str(host_kwargs.get("arch", "the host library")).partition(":")[0], str(path)):
+        with loading.speaking_for(str(host_kwargs.get("arch", "the host library")).partition(":")[0], str(path)):
             return load_file(path, **{k: v for k, v in host_kwargs.items() if k != "pretrained"})
     raise _no_source(source)
 
@@ -251,7 +251,8 @@ def _write(library: hosts.Host, model: nn.Module, place: Path, final: Path, extr
         raise
     except Exception as error:  # what a library's own writer says of a model that it did not make as it is
         raise UnsupportedModelError(
-            f"{library.name} cannot write {type(model).__name__}: {type(error).__name__}: {door.said(error)}; {ADVICE}"
+            f"{library.name} cannot write {type(model).__name__}: {type(error).__name__}: {loading.said(error)}; "
+            f"{ADVICE}"
         ) from error
 
 

@@ -79,7 +79,7 @@ def convert(
 ) -> None:
     """Convert file to file, without loading the model: only what follows the geometry is computed."""
     from anypatch.conversion import convert
-    from anypatch.hosts.door import speaking_for
+    from anypatch.hosts.loading import speaking_for
 
     patch, image = _sizes(patch_size, image_size)
     require_target(target, str(source), overwrite)

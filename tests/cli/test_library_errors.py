@@ -16,7 +16,7 @@ from torch import nn
 
 import anypatch
 from anypatch import AnypatchError, CheckpointError, UnsupportedModelError
-from anypatch.hosts import door, library
+from anypatch.hosts import library, loading
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_no_network_is_said_and_what_works_without_one() -> None:
     "error", [KeyError("a"), ValueError(""), RuntimeError("x" * 900), AttributeError("b"), IndexError()]
 )
 def test_any_error_at_all_comes_through_the_door_as_ours(error: Exception) -> None:
-    with pytest.raises(CheckpointError) as caught, door.speaking_for("timm", "NAME"):
+    with pytest.raises(CheckpointError) as caught, loading.speaking_for("timm", "NAME"):
         raise error
     assert caught.value.__cause__ is error
     assert str(caught.value).startswith("timm cannot load NAME: ")
@@ -196,7 +196,7 @@ def test_any_error_at_all_comes_through_the_door_as_ours(error: Exception) -> No
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), anypatch.GeometryError("mine")])
 def test_what_is_ours_or_the_machines_passes(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, door.speaking_for("timm", "NAME"):
+    with pytest.raises(type(error)) as caught, loading.speaking_for("timm", "NAME"):
         raise error
     assert caught.value is error
 
@@ -204,8 +204,8 @@ def test_what_is_ours_or_the_machines_passes(error: BaseException) -> None:
 def test_advice_goes_on_with_the_librarys_sentence() -> None:
     with (
         pytest.raises(CheckpointError, match=r"vit: cannot reach the hub; without a network, only"),
-        door.speaking_for("timm", "vit"),
+        loading.speaking_for("timm", "vit"),
     ):
         raise ConnectionError("cannot reach the hub.")
-    with pytest.raises(CheckpointError, match=r"vit: the file is damaged\.$"), door.speaking_for("timm", "vit"):
+    with pytest.raises(CheckpointError, match=r"vit: the file is damaged\.$"), loading.speaking_for("timm", "vit"):
         raise ValueError("the file is damaged.")

@@ -1,4 +1,4 @@
-"""The one door to the host libraries' loaders: what they raise becomes one of anypatch's errors, its cause chained."""
+"""Loading through the host libraries: what they raise becomes one of anypatch's errors, its cause chained."""
 
 from __future__ import annotations
 
