@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch.fx
 from torch import nn
@@ -34,7 +34,7 @@ def refusal(name: str, module: nn.Module) -> UnsupportedModelError:
     )
 
 
-def require_open(full: str, lives: Iterator[nn.Module] | list[nn.Module] | tuple[nn.Module, ...]) -> None:
+def require_open(full: str, lives: Iterable[nn.Module]) -> None:
     """Nothing can be changed inside of TorchScript's programs, which are no Python.
 
     Raises:

@@ -281,7 +281,7 @@ def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> tuple[str
             if before[i : i + 2] == a == after[i : i + 2] and (others or what != "the grid"):
                 return f"{what} ({show(a)})", not (others and _follow(before, after, others, old, new))
     if old.grid is not None and new.grid is not None and math.prod(old.grid) != math.prod(new.grid):
-        for count in {math.prod(old.grid), math.prod(old.grid) + old.prefix_tokens}:
+        for count in set(_counts(old)):
             if count > TELLING**2 and count in before[1:]:
                 i = before.index(count, 1)
                 others = [(x, y) for x, y in _axes(before, after, i, 1) if x != y]
@@ -328,8 +328,7 @@ def _in_tokens(name: str, shape: Size, run: Rehearsal, remake: Callable[[Geometr
         after = run.at(remake(probe), probe)
         if isinstance(after, dict) and probe.grid is not None:
             now, more = after.get(name, shape), math.prod(probe.grid) - math.prod(new.grid)
-            counts = {math.prod(new.grid) + k for k in (0, old.prefix_tokens)}
-            return any(a in counts and b == a + more for a, b in zip(shape, now, strict=False))
+            return any(a in _counts(old) and b == a + more for a, b in zip(shape, now, strict=False))
     return False
 
 
@@ -342,8 +341,13 @@ def _shrinks(before: Size, after: Size, old: Geometry, new: Geometry) -> bool:
 
 def _counted(side: int, geometry: Geometry) -> bool:
     """Whether a number is also that of the tokens."""
+    return side in _counts(geometry)
+
+
+def _counts(geometry: Geometry) -> tuple[int, int]:
+    """Numbers of tokens: of the grid alone, and with those before it."""
     tokens = math.prod(geometry.grid or ())
-    return side in (tokens, tokens + geometry.prefix_tokens)
+    return tokens, tokens + geometry.prefix_tokens
 
 
 def _becomes_rectangular(old: Geometry, new: Geometry) -> bool:
