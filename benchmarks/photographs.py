@@ -46,6 +46,7 @@ ARCHIVES = (
     "explore_world_animals", "explore_world_music",
 )  # fmt: skip
 TEMPLATES = "tuxpaint-data"  # photographs to draw on
+POSTCARDS, FRAME = "cimg-doc", 0.09  # framed photographs of its gallery, and the share of each side that is frame
 TESTING = ("mate-backgrounds/usr/share/backgrounds/mate/nature",)  # the package's other folders are drawings
 # A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
 CLASSES = {
@@ -127,6 +128,12 @@ def photographs() -> list[Image.Image]:
     for path in sorted((fetch(TEMPLATES) / "usr/share/tuxpaint/templates").glob("*.jpg")):
         with Image.open(path) as image:
             found.append(image.convert("RGB"))
+    for path in sorted((fetch(POSTCARDS) / "usr/share/doc").rglob("*postcard*.jpg")):
+        with Image.open(path) as image:
+            across, down = (round(side * FRAME) for side in image.size)
+            if min(image.size) >= SMALLEST:
+                box = (across, down, image.width - across, image.height - down)
+                found.append(image.convert("RGB").crop(box))
     return found
 
 

@@ -29,9 +29,10 @@ from anypatch.proof import randomise
 from anypatch.report.colours import shared_colours
 from anypatch.tuning import schedule
 from anypatch.tuning.checkpoint import FILE
-from anypatch.tuning.crops import drawn_image, random_box
+from anypatch.tuning.crops import drawn_image
 from anypatch.tuning.data import Feed, split
 from anypatch.tuning.distance import Fidelity, distances
+from anypatch.tuning.mixing import random_box
 from anypatch.tuning.pool import Pool
 from anypatch.tuning.said import Said
 from anypatch.tuning.training import Trainer, digest

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anypatch.tuning.crops import FLIP
 from anypatch.tuning.data import Feed
+from anypatch.tuning.mixing import FLIP
 from anypatch.tuning.said import Said, mirrored, together
 
 Size2 = tuple[int, int]

@@ -31,7 +31,7 @@ TRIAL_STEPS, TRIAL_SHARE = (4, 12), 1 / 40
 # Tokens between blocks that are compared with the teacher's: after these shares of the blocks, and the weight of their
 # distance beside the outputs'.
 INSIDE, INSIDE_WEIGHT = (1 / 4, 1 / 2, 3 / 4), 3.0
-ROUNDS = 6  # times that each crop is seen: what the teacher says of one costs as much as two steps with it
+ROUNDS = 3  # times that each crop is seen: what the teacher says of one costs nearly as much as a step with it
 POOL_BYTES = 2 * 2**30  # of crops and what the teacher says of them, all processes together
 WRITES = 10  # times that the state is written during a run
 LOOKS, LOOKS_SHARE = 10, 0.1  # times that the held-out images are looked at during a run, and the most that it may cost
