@@ -27,7 +27,7 @@ from anypatch.hosts.blocks import Tokens
 from anypatch.hosts.images import Features, Preprocess
 from anypatch.proof import randomise
 from anypatch.report.colours import shared_colours
-from anypatch.tuning import schedule
+from anypatch.tuning import learning_rate, schedule
 from anypatch.tuning.checkpoint import FILE
 from anypatch.tuning.crops import drawn_image
 from anypatch.tuning.data import Feed, split
@@ -349,7 +349,7 @@ def test_mixed_precision(photos: Path) -> None:
 @pytest.mark.slow
 def test_the_rate_is_found_and_minutes_become_steps(photos: Path) -> None:
     found = anypatch.tune(vit(), images=photos, patch_size=8, steps=160, **OPTIONS)
-    assert schedule.FIRST_RATE < found.settings["learning_rate"] < 1e-2  # of a tiny model with random weights
+    assert learning_rate.FIRST_RATE < found.settings["learning_rate"] < 1e-2  # of a tiny model with random weights
     assert found.gained
     timed = anypatch.tune(vit(), images=photos, patch_size=8, minutes=0.05, **OPTIONS)  # too short to look for one
     assert timed.settings["steps"] >= 1
@@ -383,10 +383,10 @@ def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkey
     assert none == 0
     assert 8 <= taken <= 15
     assert begun == start
-    assert rate == schedule.FIRST_RATE * schedule.FACTOR ** (taken // 4 - 1)  # such a model wants a higher one
+    assert rate == learning_rate.FIRST_RATE * learning_rate.FACTOR ** (taken // 4 - 1)  # it wants a higher one
     assert notes[0].startswith(f"learning rate {rate:g} by the held-out loss after 4 steps: ")
     taken, _, rate, notes = stopped_before_training(monkeypatch, images=photos, steps=20)
-    assert (taken, rate) == (0, schedule.FIRST_RATE)
+    assert (taken, rate) == (0, learning_rate.FIRST_RATE)
     assert "too few steps to try learning rates" in notes[0]
     assert stopped_before_training(monkeypatch, images=photos, steps=20, lora=2)[2] == pytest.approx(1e-4)
 
@@ -402,19 +402,22 @@ def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkey
         (-4.0, 9000, [0, 1, -1, -2, -3, -4, -5]),  # from where every rate diverges
     ],
 )
-def test_the_rate_is_sought_both_ways(best: float, steps: int, tried: list[int]) -> None:
+def test_the_rate_is_sought_both_ways(
+    best: float, steps: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer: Any = Trainer.__new__(Trainer)
     trainer.pair, trainer.notes, trainer.progress = SimpleNamespace(student=nn.Linear(1, 1)), [], lambda *_: None
     seen: list[int] = []
 
-    def trial(peak: float, _: int) -> float:
-        seen.append(round(math.log(peak / schedule.TRIAL_TIMES / 1e-5, schedule.FACTOR)))
+    def loss_after(_: Trainer, peak: float, __: int) -> float:
+        seen.append(round(math.log(peak / learning_rate.TRIAL_TIMES / 1e-5, learning_rate.FACTOR)))
         return math.inf if best < -3 and seen[-1] > -3 else abs(seen[-1] - best)
 
-    trainer._trial, trainer.look_steps = trial, lambda: 3.0
-    found = trainer.found_rate(steps, 1e-5)
+    monkeypatch.setattr(learning_rate, "_loss_after", loss_after)
+    trainer.look_steps = lambda: 3.0
+    found = learning_rate.found_rate(trainer, steps, 1e-5)
     assert seen == tried
-    assert math.log(found / 1e-5, schedule.FACTOR) == pytest.approx(min(tried or [0], key=lambda p: abs(p - best)))
+    assert math.log(found / 1e-5, learning_rate.FACTOR) == pytest.approx(min(tried or [0], key=lambda p: abs(p - best)))
 
 
 class StoppedError(Exception):

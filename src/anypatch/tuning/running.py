@@ -29,13 +29,13 @@ from anypatch.measure.processes import Team, decoding_workers
 from anypatch.report.colours import shared_colours
 from anypatch.report.measurements import Sample
 from anypatch.report.progress import Progress, shown_progress
-from anypatch.tuning import schedule
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.checkpoint import Checkpoint, State
 from anypatch.tuning.data import Feed, Split, held_out_pixels, left_out, split
 from anypatch.tuning.distance import Fidelity, face
 from anypatch.tuning.labels import accuracy, missing
+from anypatch.tuning.learning_rate import FIRST_RATE, LORA_TIMES, found_rate
 from anypatch.tuning.pool import Pool
 from anypatch.tuning.result import CARD, TuneResult
 from anypatch.tuning.training import Pair, Trainer, digest
@@ -277,8 +277,8 @@ class Run:
         if expected < 1:
             raise DataError(f"no time for one step: {max(self._left(), 0):.0f} s are left after two that were tried")
         rate, began = self.asked.learning_rate, time.monotonic()
-        times = 1.0 if self.asked.lora is None else schedule.LORA_TIMES
-        peak = trainer.found_rate(expected, schedule.FIRST_RATE * times) if rate == "auto" else float(rate)
+        times = 1.0 if self.asked.lora is None else LORA_TIMES
+        peak = found_rate(trainer, expected, FIRST_RATE * times) if rate == "auto" else float(rate)
         if steps is None:
             share = 1 - (time.monotonic() - began) / max(self._left() + time.monotonic() - began, 1e-9)
             steps = min(self.team.gather(max(int(expected * share), 1)))

@@ -1,4 +1,4 @@
-"""The optimisation's constants and the learning rate over a run."""
+"""The optimisation's constants, and the learning rate over a run whose height learning_rate.py finds."""
 
 from __future__ import annotations
 
@@ -16,18 +16,6 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way from the start to the tuned weight
 # a random step of its weights moves features fifty times as far as one of any other layer. Directions with less power
 # than this share of the mean are stretched no further: gradients there are noise.
 PIXELS, DAMPING = 0.5, 0.05
-# The range test. It begins at a rate that is known to be good for pretrained ViTs (of DINOv2-small 8e-6 to 1e-5, 1.6e-5
-# is no better and 3e-5 worse: benchmarks/tuning_notes.md) and goes up by this factor as long as that is better, else
-# down. A good rate for LoRA is about ten times that for all weights (Schulman and others, "LoRA without regret", 2025).
-FIRST_RATE, LORA_TIMES, FACTOR = 1e-5, 10.0, 2.0
-# Short runs want higher rates than long ones (Wu, Ren, Liao, Grosse, "Understanding short-horizon bias in stochastic
-# meta-optimization", 2018), so that each rate is tried at so many times its height. Without it, six steps of
-# DINOv2-small at patch 32 found 2e-5, at which the held-out fidelity went up and down for the next hundred.
-TRIAL_TIMES = 2.0
-LEAST_RATE, LAST_RATE = 1e-7, 1e-2
-RANGE_SHARE = 0.1  # of the run's steps, the most that the range test may cost
-# Each trial is a run of its own, with warm-up and fall to zero, of so many steps.
-TRIAL_STEPS, TRIAL_SHARE = (4, 12), 1 / 40
 # Tokens between blocks that are compared with the teacher's: after these shares of the blocks, and the weight of their
 # distance beside the outputs'.
 INSIDE, INSIDE_WEIGHT = (1 / 4, 1 / 2, 3 / 4), 3.0
@@ -58,26 +46,6 @@ def decay(steps: int) -> float:
 def rows(steps: int) -> int:
     """Batches of the pool that a run of so many steps makes."""
     return max(math.ceil(steps / ROUNDS), 1)
-
-
-def trial_steps(steps: int) -> int:
-    """Of each trial of the range test, in a run of so many steps.
-
-    >>> [trial_steps(steps) for steps in (10, 300, 10_000)]
-    [4, 8, 12]
-    """
-    least, most = TRIAL_STEPS
-    return max(min(round(steps * TRIAL_SHARE), most), least)
-
-
-def trials(steps: int, look: float) -> int:
-    """How many rates a run of so many steps can afford to try, where a look at the held-out images costs as much as
-    ``look`` steps: one comes after each trial.
-
-    >>> trials(290, 1.3), trials(50, 1.3)
-    (3, 0)
-    """
-    return int(steps * RANGE_SHARE / (trial_steps(steps) + look))
 
 
 def looks(steps: int, look: float) -> int:

@@ -23,6 +23,7 @@ from anypatch.report.progress import Progress, duration
 from anypatch.tuning import schedule
 from anypatch.tuning.checkpoint import Checkpoint, State
 from anypatch.tuning.distance import Face, Fidelity, distances, fidelity
+from anypatch.tuning.learning_rate import FIRST_RATE
 from anypatch.tuning.pool import Batch, Pool
 from anypatch.tuning.said import Said
 from anypatch.tuning.weights import Weights, averaged, kept, put_back, put_mixed, trained
@@ -204,7 +205,7 @@ class Trainer:
             self.whitened = self.pair.whitened()
         return Optimizer(trained(self.pair.student).values(), self.whitened)
 
-    # -- the learning rate and the number of steps -----------------------------------------------------------------
+    # -- the number of steps ---------------------------------------------------------------------------------------
 
     def steps_within(self, seconds: float) -> int:
         """How many steps there is time for, making the pool included, by the slowest process; 0 if for none.
@@ -218,7 +219,7 @@ class Trainer:
             began = time.perf_counter()
             batches.append(self.pool.row(number + 1))
             made = time.perf_counter()
-            self.step(number, batches[-1], optimizer, schedule.FIRST_RATE)
+            self.step(number, batches[-1], optimizer, FIRST_RATE)
             times.append((made - began, time.perf_counter() - made))
         put_back(self.pair.student, start)
         making, stepping = (max(self.team.gather(t)) for t in times[-1])
@@ -238,47 +239,6 @@ class Trainer:
         """How many steps a look at the held-out images costs as much as: it has no backward passes, and every face."""
         images = sum(map(len, self.pair.held_out[self.pair.teacher.image_size]))
         return images * len(self.pair.faces) / self.pool.feed.batch_size / (1 + schedule.BACKWARD)
-
-    def found_rate(self, steps: int, first: float) -> float:
-        """The range test: short runs from the start, judged on the held-out images and taken back.
-
-        It takes a tenth of the steps at most; each of its runs is at a multiple of the rate, being short. From
-        ``first`` it goes up as long as that is better, or else down; where there is no time for two, ``first`` it is.
-        """
-        most, start = schedule.trials(steps, self.look_steps()), kept(self.pair.student)
-        found: dict[float, float] = {}
-
-        def better(peak: float, than: float) -> bool:
-            if len(found) == most or not schedule.LEAST_RATE <= peak <= schedule.LAST_RATE:
-                return False
-            self.progress("finding the learning rate", len(found), most)
-            found[peak] = self._trial(peak * schedule.TRIAL_TIMES, schedule.trial_steps(steps))
-            put_back(self.pair.student, start)
-            return found[peak] < found[than] or (peak < than and math.isinf(found[than]))
-
-        if most < 2:
-            self.notes.append(f"too few steps to try learning rates: {first:g}, which suits most pretrained models")
-            return first
-        better(first, first)
-        for factor in (schedule.FACTOR, 1 / schedule.FACTOR):
-            best = first
-            while better(best * factor, best):
-                best *= factor
-            if best != first:
-                break
-        best = min(found, key=lambda peak: (found[peak], peak))
-        tried = ", ".join(f"{peak:g} {loss:.4f}" for peak, loss in sorted(found.items()))
-        self.notes.append(
-            f"learning rate {best:g} by the held-out loss after {schedule.trial_steps(steps)} steps: {tried}"
-        )
-        return best
-
-    def _trial(self, peak: float, steps: int) -> float:
-        """The held-out loss after a short run; infinite if the rate diverges."""
-        optimizer = self.optimizer()
-        losses = [self.step(i, self.pool.row(i), optimizer, schedule.rate(i, steps, peak)) for i in range(steps)]
-        found = _loss(self.pair.look()) if all(map(math.isfinite, losses)) else math.inf
-        return self.team.gather(found if math.isfinite(found) else math.inf)[0]  # all go on alike
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -346,10 +306,6 @@ class Trainer:
         native = self.pair.teacher.geometry.patch_size
         found = [(before[p], after[p]) for p in before if p != native or len(before) == 1]
         return any(not (b.pooled >= a.pooled and b.patches >= a.patches) for a, b in found)  # not a number is worse
-
-
-def _loss(looked: dict[Size, Fidelity]) -> float:
-    return sum(f.loss for f in looked.values()) / len(looked)
 
 
 def _mean_of(looked: dict[Size, Fidelity]) -> float:
