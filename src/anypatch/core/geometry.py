@@ -194,7 +194,8 @@ def target_geometry(
     elif current.image_size is None:
         image = None
     elif keep == "grid" and patch != current.patch_size:
-        image = _image_for_same_grid(current, patch, kernel)
+        assert current.grid is not None
+        image = _image_of(current.grid, patch, kernel)
     else:
         image = current.image_size
     target = replace(current, patch_size=patch, image_size=image, kernel_size=kernel, explicit_grid=None)
@@ -267,10 +268,19 @@ def scaled_kernel(current: Geometry, patch: Size) -> Size | None:
     )
 
 
-def _image_for_same_grid(current: Geometry, patch: Size, kernel: Size | None) -> Size:
-    assert current.grid is not None
-    window = kernel if current.overlapping and kernel is not None else patch
-    return tuple((g - 1) * p + k for g, p, k in zip(current.grid, patch, window, strict=True))
+def with_grid(geometry: Geometry, grid: Size) -> Geometry:
+    """The geometry with the image size that gives this grid, its patch as it is.
+
+    >>> with_grid(Geometry((16, 16), (224, 224)), (2, 3)).image_size
+    (32, 48)
+    """
+    image = _image_of(grid, geometry.patch_size, geometry.kernel_size)
+    return replace(geometry, image_size=image, explicit_grid=grid if geometry.overlapping else None)
+
+
+def _image_of(grid: Size, patch: Size, kernel: Size | None) -> Size:
+    """The smallest image of so many patches; the last of them may be wider than the stride."""
+    return tuple((g - 1) * p + k for g, p, k in zip(grid, patch, kernel or patch, strict=True))
 
 
 def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool, axes: str = "") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, show
 from anypatch.errors import GeometryError, UnsupportedModelError
-from anypatch.hosts.structural.following import ints
+from anypatch.hosts.structural.following import counts, ints
 from anypatch.hosts.structural.layout import Layout
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
@@ -129,8 +129,7 @@ def _lengths(model: nn.Module, layout: Layout) -> set[int]:
     part, stem = model.get_submodule(layout.part), model.get_submodule(layout.stem)
     widths = {m.normalized_shape[-1] for m in part.modules() if isinstance(m, nn.LayerNorm)}
     widths.add(stem.out_channels)  # type: ignore[arg-type]
-    tokens = math.prod(layout.geometry.grid or ())
-    return {tokens, tokens + layout.geometry.prefix_tokens} - widths
+    return set(counts(layout.geometry)) - widths
 
 
 def _require_square(part: nn.Module, old: Geometry, new: Geometry) -> None:

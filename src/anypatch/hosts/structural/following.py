@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +85,6 @@ def _holds_values(item: Any) -> bool:
 
 def kinds(old: Geometry, new: Geometry) -> Iterator[tuple[set[str], list[Any], list[Any]]]:
     """Names, and the values that attributes of those names have at the two geometries, in corresponding order."""
-    space = slice(-2, None)
     yield PATCH_NAMES, *_sizes(old.patch_size, new.patch_size)
     if len(old.patch_size) == 3:
         yield TIME_NAMES, [old.patch_size[0]], [new.patch_size[0]]
@@ -96,13 +95,13 @@ def kinds(old: Geometry, new: Geometry) -> Iterator[tuple[set[str], list[Any], l
     if old.grid is None or new.grid is None:
         return
     yield GRID_NAMES | IMAGE_NAMES, *_sizes(old.grid, new.grid)
-    counts: list[Callable[[Geometry], int]] = [
-        lambda g: math.prod(g.grid or ()),
-        lambda g: math.prod(g.grid or ()) + g.prefix_tokens,
-        lambda g: math.prod((g.grid or ())[space]),
-        lambda g: math.prod((g.grid or ())[space]) + g.prefix_tokens,
-    ]
-    yield COUNT_NAMES, [count(old) for count in counts], [count(new) for count in counts]
+    yield COUNT_NAMES, [*counts(old), *counts(old, 2)], [*counts(new), *counts(new, 2)]
+
+
+def counts(geometry: Geometry, axes: int = 0) -> tuple[int, int]:
+    """Numbers of tokens: of the grid alone, and with those before it; ``axes=2`` counts one frame of a clip."""
+    tokens = math.prod((geometry.grid or ())[-axes:])
+    return tokens, tokens + geometry.prefix_tokens
 
 
 def _sizes(old: Size, new: Size) -> tuple[list[Any], list[Any]]:
@@ -165,9 +164,9 @@ def _counted(name: str, value: int, old: Geometry, new: Geometry) -> int | None:
     words = [word.lower() for word in words]
     tokens = any(COUNTED.fullmatch(word) for word in words) and not any(NOT_COUNTED.fullmatch(word) for word in words)
     if tokens and old.grid is not None and new.grid is not None:
-        for extra in dict.fromkeys((0, old.prefix_tokens)):
-            if value == math.prod(old.grid) + extra and value > TELLING**2:
-                return math.prod(new.grid) + extra
+        for before, after in zip(counts(old), counts(new), strict=True):
+            if value == before and value > TELLING**2:
+                return after
     if not any(PIXELS.fullmatch(word) for word in words):
         return None
     area, image = math.prod(old.patch_size[-2:]), old.image_size

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.core.geometry import Geometry, show
+from anypatch.core.geometry import Geometry, Size, show, with_grid
 from anypatch.errors import AnypatchError, GeometryError
 from anypatch.hosts.structural.explained import Doubt
 
@@ -46,6 +46,17 @@ def _tell(reached: Callable[[str], None], path: str, *_: Any) -> None:
     reached(path)
 
 
+def one_more(grid: Size) -> Size:
+    """A token more on both axes of the image, so that there is another number of them."""
+    return (*grid[:-2], *(side + 1 for side in grid[-2:]))
+
+
+def rootless(grid: Size) -> Size:
+    """About as large a grid of n by n + 1 tokens, never a square number: what takes a root of it fails on it."""
+    side = max(grid[-2], 2)  # one row of two fails for other reasons, too: what pools or shifts needs neighbours
+    return (*grid[:-2], side, side + 1)
+
+
 def require_over_channels(
     build: Callable[[Geometry], nn.Module], channels: int, old: Geometry, new: Geometry, doubts: list[Doubt]
 ) -> None:
@@ -56,9 +67,7 @@ def require_over_channels(
     """
     if not doubts or old.grid is None or new.grid is None:
         return
-    sides = (*old.grid[:-2], *(side + 1 for side in old.grid[-2:]))
-    image = tuple(n * patch for n, patch in zip(sides, old.patch_size, strict=True))
-    for probe in (new, Geometry(old.patch_size, image, old.prefix_tokens, old.library)):
+    for probe in (new, with_grid(old, one_more(old.grid))):
         seen: set[str] = set()
         if probe.grid is None or math.prod(probe.grid) == math.prod(old.grid):
             continue
@@ -73,8 +82,7 @@ def require_rectangular(
 ) -> None:
     """Refuse a rectangular grid where the class takes its tables for square ones, by whatever method.
 
-    A grid of n by n + 1 tokens is never a square number, so what takes a root of it fails on it. Where the model does
-    not run on the meta device as it is, nothing can be told.
+    Where the model does not run on the meta device as it is, nothing can be told.
 
     Raises:
         GeometryError: the present model runs, and one with such a grid does not.
@@ -83,9 +91,7 @@ def require_rectangular(
         return
     if len(set(old.grid)) > 1 or len(set(new.grid)) == 1:
         return
-    side = max(old.grid[0], 2)
-    image = tuple(count * patch for count, patch in zip((side, side + 1), old.patch_size, strict=True))
-    probe = Geometry(old.patch_size, image, old.prefix_tokens, old.library)
+    probe = with_grid(old, rootless(old.grid))
     try:
         twins = build(old), build(probe)
     except AnypatchError:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anypatch.core.geometry import Geometry, Size, show
+from anypatch.core.geometry import Geometry, Size, show, with_grid
 from anypatch.core.outputs import ungrown
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
@@ -28,8 +28,9 @@ from anypatch.core.rehearsal import RUN, shapes, staged, watch
 from anypatch.core.steps import SetAttribute, SetBuffer, SetParameter
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
-from anypatch.hosts.structural.following import TELLING, kinds
+from anypatch.hosts.structural.following import TELLING, counts, kinds
 from anypatch.hosts.structural.holdings import holdings, is_array
+from anypatch.hosts.structural.probing import one_more, rootless
 
 # Packages whose modules speak for themselves: their hosts' twins do, or they are layers.
 KNOWN = {"torch", "peft", "timm", "transformers", "open_clip", "torchvision", "diffusers", "accelerate"}
@@ -116,10 +117,10 @@ def _require_leading(plan: Plan, joined: list[Size]) -> None:
         UnsupportedModelError: they are put after the grid, and a table over both would change.
     """
     old, new = plan.subject.geometry, plan.target
-    tokens, extra = math.prod(old.grid or ()), old.prefix_tokens
-    both = [lengths for lengths in joined if sum(lengths) == tokens + extra and tokens in lengths]
+    (tokens, all_tokens), extra = counts(old), old.prefix_tokens
+    both = [lengths for lengths in joined if sum(lengths) == all_tokens and tokens in lengths]
     changes = old.grid != new.grid and any(
-        isinstance(step, (SetParameter, SetBuffer)) and step.role is not None and tokens + extra in _shape(step)
+        isinstance(step, (SetParameter, SetBuffer)) and step.role is not None and all_tokens in _shape(step)
         for step in plan.steps
     )
     known = plan.subject.path or plan.subject.facts.suffix_tokens
@@ -219,7 +220,7 @@ def _numbers(old: Geometry, new: Geometry) -> set[int]:
         pairs += zip(old.image_size, new.image_size, strict=True)
     if old.grid is not None and new.grid is not None:
         pairs += zip(old.grid, new.grid, strict=True)
-        pairs += [(math.prod(old.grid) + k, math.prod(new.grid) + k) for k in (0, old.prefix_tokens)]
+        pairs += zip(counts(old), counts(new), strict=True)
     return {a for a, b in pairs if a != b and a > TELLING}
 
 
@@ -274,14 +275,14 @@ def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> tuple[str
     if old.grid is not None and new.grid is not None:
         sizes.append(("the grid", old.grid[-2:], new.grid[-2:]))
     for what, a, b in sizes:
-        if a == b or min(a) <= TELLING or (len(before) == 3 and _counted(a[0], old)):  # tokens, and their width
+        if a == b or min(a) <= TELLING or (len(before) == 3 and a[0] in counts(old)):  # tokens, and their width
             continue
         for i in range(1, len(before) - 1):
             others = [(x, y) for x, y in _axes(before, after, i, 2) if x != y]
             if before[i : i + 2] == a == after[i : i + 2] and (others or what != "the grid"):
                 return f"{what} ({show(a)})", not (others and _follow(before, after, others, old, new))
     if old.grid is not None and new.grid is not None and math.prod(old.grid) != math.prod(new.grid):
-        for count in set(_counts(old)):
+        for count in set(counts(old)):
             if count > TELLING**2 and count in before[1:]:
                 i = before.index(count, 1)
                 others = [(x, y) for x, y in _axes(before, after, i, 1) if x != y]
@@ -304,7 +305,7 @@ def _follow(before: Size, after: Size, changed: list[tuple[int, int]], old: Geom
         known |= set(zip(old.image_size, new.image_size, strict=True))
     if old.grid is not None and new.grid is not None:
         known |= set(zip(old.grid, new.grid, strict=True))
-        known |= {(math.prod(old.grid) + k, math.prod(new.grid) + k) for k in (0, old.prefix_tokens)}
+        known |= set(zip(counts(old), counts(new), strict=True))
         (h, w), (new_h, new_w) = old.grid[-2:], new.grid[-2:]
         for (a, b), (x, y) in itertools.pairwise(zip(before, after, strict=True)):
             factor = a // h
@@ -321,14 +322,12 @@ def _in_tokens(name: str, shape: Size, run: Rehearsal, remake: Callable[[Geometr
     old, new = plan.subject.geometry, plan.target
     if old.grid is None or new.grid is None or math.prod(old.grid) != math.prod(new.grid):
         return False
-    sides = tuple(side + 1 for side in new.grid[-2:])
-    image = (*(new.image_size or ())[:-2], *(n * p for n, p in zip(sides, new.patch_size[-2:], strict=True)))
-    probe = Geometry(new.patch_size, image, old.prefix_tokens, old.library)
+    probe = with_grid(new, one_more(new.grid))
     with contextlib.suppress(AnypatchError):
         after = run.at(remake(probe), probe)
         if isinstance(after, dict) and probe.grid is not None:
             now, more = after.get(name, shape), math.prod(probe.grid) - math.prod(new.grid)
-            return any(a in _counts(old) and b == a + more for a, b in zip(shape, now, strict=False))
+            return any(a in counts(old) and b == a + more for a, b in zip(shape, now, strict=False))
     return False
 
 
@@ -336,18 +335,7 @@ def _shrinks(before: Size, after: Size, old: Geometry, new: Geometry) -> bool:
     """Whether an output as large as the image would not be; not told where the side is the number of tokens, too."""
     if old.image_size is None or new.image_size is None or min(old.image_size[-2:]) <= TELLING:
         return False
-    return not _counted(old.image_size[-2], old) and ungrown(before, after, old.image_size, new.image_size)
-
-
-def _counted(side: int, geometry: Geometry) -> bool:
-    """Whether a number is also that of the tokens."""
-    return side in _counts(geometry)
-
-
-def _counts(geometry: Geometry) -> tuple[int, int]:
-    """Numbers of tokens: of the grid alone, and with those before it."""
-    tokens = math.prod(geometry.grid or ())
-    return tokens, tokens + geometry.prefix_tokens
+    return old.image_size[-2] not in counts(old) and ungrown(before, after, old.image_size, new.image_size)
 
 
 def _becomes_rectangular(old: Geometry, new: Geometry) -> bool:
@@ -359,12 +347,10 @@ def _becomes_rectangular(old: Geometry, new: Geometry) -> bool:
 def _require_no_root(
     run: Rehearsal, remake: Callable[[Geometry], Plan | None], plan: Plan, before: dict[str, Size]
 ) -> None:
-    """A grid of n by n + 1 tokens is never a square number: what takes a root of it fails on it, or cuts it wrongly."""
+    """Refuse a model that fails at a grid whose number of tokens has no root, or that cuts it wrongly."""
     old = plan.subject.geometry
     assert old.grid is not None
-    side = max(old.grid[0], 2)
-    image = tuple(n * patch for n, patch in zip((side, side + 1), plan.target.patch_size, strict=True))
-    probe = Geometry(plan.target.patch_size, image, old.prefix_tokens, old.library)
+    probe = with_grid(plan.target, rootless(old.grid))
     try:
         other = remake(probe)
     except AnypatchError:

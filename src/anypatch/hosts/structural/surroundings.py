@@ -24,7 +24,7 @@ from anypatch.core.geometry import Size, show
 from anypatch.core.recordings import written_by
 from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
-from anypatch.hosts.structural.following import TELLING
+from anypatch.hosts.structural.following import TELLING, counts
 from anypatch.hosts.structural.holdings import holdings
 from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
 from anypatch.hosts.structural.neighbours import OF_IMAGES, reads_text, widths_of
@@ -73,8 +73,7 @@ class Surroundings:
             self.old.image_size != self.new.image_size
         )
         self.telling = self.patch_changes and min(self.patch) >= TELLING
-        tokens = math.prod(self.old.grid or (0,))
-        self.tokens = {count for count in (tokens, tokens + self.old.prefix_tokens) if count > TELLING}
+        self.tokens = {count for count in counts(self.old) if count > TELLING} if self.old.grid else set()
         self.counts = self.tokens if self.grid_changes else set()
         self.stem = _stem(twins.old, twins.new, self.old.patch_size)
         self.values = Values(self.old, self.new)
