@@ -297,7 +297,8 @@ def test_a_frozen_relative_table_is_resampled() -> None:
     for model in (free, frozen):
         anypatch.adapt(model, image_size=96)
     x = torch.randn(1, 3, 96, 96)
-    assert torch.equal(free(x), frozen(x))
+    with torch.no_grad():  # a bias without gradient goes through another kernel of attention
+        assert torch.equal(free(x), frozen(x))
 
 
 EAGER = functools.partial(torch.compile, backend="eager")
