@@ -36,6 +36,21 @@ def random_vit(**options: Any) -> Any:
     return model
 
 
+# The widths of a small model of transformers, as nearly all of its configurations name them.
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+
+
+def transformers_model(kind: str = "ViT", head: str = "Model", **options: Any) -> Any:
+    """A small model of transformers at patch 8 and image 32, its weights drawn: `transformers_model("Dinov2")`."""
+    import pytest
+
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, "image_size": 32, "patch_size": 8, **options})
+    return getattr(transformers, kind + head)(config).eval()
+
+
 def picture(colour: tuple[int, int, int], seed: int, height: int = 44, width: int = 60) -> NDArray[np.uint8]:
     """One picture; its seed decides the noise and where the square is."""
     generator = np.random.default_rng(seed)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
 from torch.testing import assert_close
-from transformers import ViTConfig, ViTModel
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
@@ -22,6 +21,7 @@ from anypatch.adaptation import make_plan
 from anypatch.core import plan as plans
 from anypatch.core import twins
 from anypatch.core.empty import empty
+from builders import transformers_model
 
 
 def vit(**kwargs: Any) -> nn.Module:
@@ -267,11 +267,7 @@ def test_modules_to_save_are_adapted_with_the_original() -> None:
 
 
 def clip_tower() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16
-    )
-    return transformers.CLIPVisionModel(config).eval()
+    return transformers_model("CLIPVision", image_size=64, patch_size=16)
 
 
 def test_an_adapter_of_transformers_sees_the_new_configuration() -> None:
@@ -415,8 +411,7 @@ class Moved(nn.Module):
 
 
 def test_a_projection_that_was_moved_is_refused() -> None:
-    config = ViTConfig(image_size=64, patch_size=16, hidden_size=48, num_hidden_layers=1, num_attention_heads=3)
-    model = ViTModel(config)
+    model = transformers_model(image_size=64, patch_size=16)
     model.embeddings.patch_embeddings = Moved(model.embeddings.patch_embeddings.projection)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match="no layer in the place of the patch projection"):

@@ -30,6 +30,7 @@ from anypatch import CheckpointError, GeometryError
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
 from anypatch.files.header import read_header
+from builders import SMALL
 
 VIT: dict[str, Any] = {"img_size": 64, "num_classes": 7, "depth": 12}
 TINY = "timm:vit_tiny_patch16_224"
@@ -134,7 +135,7 @@ def test_openai_names(tmp_path: Path) -> None:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {**SMALL, "num_hidden_layers": 2}
     config = transformers.CLIPConfig(
         text_config={**small, "vocab_size": 99, "eos_token_id": 1, "bos_token_id": 2},
         vision_config={**small, "image_size": 64, "patch_size": 16},
@@ -566,7 +567,7 @@ def test_a_source_that_shrinks_while_it_is_read(vit: Path, tmp_path: Path) -> No
 def test_memory_stays_small(tmp_path: Path) -> None:
     """A file of a gigabyte with a small image tower converts in a fraction of its size."""
     transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {**SMALL, "num_hidden_layers": 2}
     config = transformers.CLIPConfig(
         text_config={**small, "vocab_size": 8 << 20, "eos_token_id": 1, "bos_token_id": 2},
         vision_config={**small, "image_size": 64, "patch_size": 16},

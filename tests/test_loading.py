@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import anypatch
+from builders import transformers_model
 
 
 @contextlib.contextmanager
@@ -65,10 +66,7 @@ def _timm_named(place: Path) -> str:
 
 
 def _transformers(place: Path) -> str:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1,
-                                    num_attention_heads=2, intermediate_size=32)  # fmt: skip
-    model = transformers.ViTModel(config)
+    model = transformers_model()
     model.save_pretrained(place)
     (place / "model.safetensors").unlink()
     torch.save(model.state_dict(), place / "pytorch_model.bin")

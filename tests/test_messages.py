@@ -36,10 +36,7 @@ from anypatch.core.flattened import require_places
 from anypatch.core.geometry import Geometry
 from anypatch.core.twins import Twins
 from anypatch.hosts.transformers.facts import ROWS, Row
-
-TINY: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-}  # fmt: skip
+from builders import SMALL
 
 
 def vit() -> VisionTransformer:
@@ -51,7 +48,7 @@ def vit() -> VisionTransformer:
 
 def spectrogram(kernel: int, stride: int) -> ASTModel:
     sizes = {"patch_size": kernel, "frequency_stride": stride, "time_stride": stride, "num_mel_bins": 64}
-    return ASTModel(ASTConfig(max_length=96, **sizes, **TINY))
+    return ASTModel(ASTConfig(max_length=96, **sizes, **SMALL))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +132,7 @@ class Nested(Mine):
 
 @pytest.mark.parametrize("cls", [Mine, Nested])
 def test_a_class_that_takes_arguments_is_adapted_by_what_it_holds(cls: Any) -> None:
-    model = cls(ViTConfig(image_size=64, patch_size=16, **TINY), 4).eval()
+    model = cls(ViTConfig(image_size=64, patch_size=16, **SMALL), 4).eval()
     assert anypatch.check(model, 32).passed
     pixels = torch.randn(1, 3, 64, 64)
     wanted = model(pixels)
@@ -169,7 +166,7 @@ def test_relative_tables_of_timm(name: str) -> None:
 
 @torch.no_grad()
 def test_relative_tables_of_transformers() -> None:
-    model: Any = BeitModel(BeitConfig(image_size=64, patch_size=16, use_relative_position_bias=True, **TINY))
+    model: Any = BeitModel(BeitConfig(image_size=64, patch_size=16, use_relative_position_bias=True, **SMALL))
     bias = next(m for m in model.modules() if hasattr(m, "relative_position_bias_table"))
     table = nn.init.normal_(bias.relative_position_bias_table).clone()
     grid = F.interpolate(table[:49].view(1, 7, 7, 2).permute(0, 3, 1, 2), size=(11, 11), mode="bilinear")
@@ -180,7 +177,7 @@ def test_relative_tables_of_transformers() -> None:
 
 def test_relative_tables_that_the_library_does_not_resample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROWS, "beit", Row())
-    model: Any = BeitModel(BeitConfig(image_size=64, patch_size=16, use_relative_position_bias=True, **TINY))
+    model: Any = BeitModel(BeitConfig(image_size=64, patch_size=16, use_relative_position_bias=True, **SMALL))
     with pytest.raises(UnsupportedModelError, match="covers absolute tables only"):
         anypatch.adapt(model, image_size=96, positions="host")
     anypatch.adapt(model, image_size=96)
@@ -190,8 +187,8 @@ def test_relative_tables_that_the_library_does_not_resample(monkeypatch: pytest.
 
 
 def video(cls: Any = VideoMAEModel, **over: Any) -> Any:
-    decoder = {f"decoder_{name}": value for name, value in TINY.items()}
-    return cls(VideoMAEConfig(**{"image_size": 64, "num_frames": 4, **TINY, **decoder, **over}))
+    decoder = {f"decoder_{name}": value for name, value in SMALL.items()}
+    return cls(VideoMAEConfig(**{"image_size": 64, "num_frames": 4, **SMALL, **decoder, **over}))
 
 
 @pytest.mark.parametrize("cls", [VideoMAEModel, VideoMAEForPreTraining])
@@ -213,7 +210,7 @@ def test_where_tokens_keep_their_numbers_the_table_grows() -> None:
 
 
 def test_a_table_of_places_is_none_of_numbers() -> None:
-    anypatch.adapt(ViTMAEModel(ViTMAEConfig(image_size=64, patch_size=16, **TINY)), image_size=128)
+    anypatch.adapt(ViTMAEModel(ViTMAEConfig(image_size=64, patch_size=16, **SMALL)), image_size=128)
 
 
 class Numbered(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import anypatch
 from anypatch import UnsupportedModelError
+from builders import transformers_model
 
 peft = pytest.importorskip("peft")
 timm = pytest.importorskip("timm")
@@ -45,10 +46,7 @@ def of_timm() -> nn.Module:
 
 
 def of_transformers() -> nn.Module:
-    config = transformers.CLIPVisionConfig(
-        image_size=64, patch_size=16, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64
-    )
-    return transformers.CLIPVisionModel(config)
+    return transformers_model("CLIPVision", image_size=64, patch_size=16)
 
 
 # A model, layers that stay, layers that norms are, layers of which one changes.

@@ -20,6 +20,7 @@ import anypatch
 from anypatch.core import modes
 from anypatch.errors import UnsupportedModelError
 from anypatch.inspection import inspect
+from builders import transformers_model
 from families import Family, families
 
 timm = pytest.importorskip("timm")
@@ -414,17 +415,10 @@ def test_blocks_that_share_parameters_with_each_other_stay_tied() -> None:
 # -- offloaded and distributed weights ---------------------------------------------------------------------
 
 
-def vit_model() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(image_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                    intermediate_size=64)  # fmt: skip
-    return transformers.ViTModel(config).eval()
-
-
 @pytest.mark.parametrize("how", ["cpu", "disk", "device_map"])
 def test_offloaded_weights_are_refused(how: str, tmp_path) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = vit_model()
+    model = transformers_model(num_hidden_layers=2, image_size=64, patch_size=16)
     if how == "cpu":
         model = accelerate.cpu_offload(model, execution_device="cpu")
     elif how == "disk":
@@ -442,7 +436,7 @@ def test_offloaded_weights_are_refused(how: str, tmp_path) -> None:
 
 def test_blocks_alone_offloaded_go_on_working() -> None:
     accelerate = pytest.importorskip("accelerate")
-    plain = vit_model()
+    plain = transformers_model(num_hidden_layers=2, image_size=64, patch_size=16)
     model = copy.deepcopy(plain)
     for layer in model.layers if hasattr(model, "layers") else model.encoder.layer:
         accelerate.cpu_offload(layer, execution_device="cpu")

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import transformers
 from torch import Tensor, nn
 
 import anypatch
@@ -24,6 +23,7 @@ from anypatch.adaptation import describe, host
 from anypatch.inspection import inspect
 from anypatch.proof import randomise, tensors
 from builders import random_vit as vit
+from builders import transformers_model
 from families import LIBRARIES, Family, families
 
 FAST = {
@@ -341,10 +341,7 @@ def test_shared_layers_stay_shared() -> None:
 
 
 def test_config_of_transformers_is_the_views_own() -> None:
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7
-    )
-    model = transformers.Dinov2Model(config).eval()
+    model = transformers_model("Dinov2", image_size=28, patch_size=7)
     view = anypatch.at(model, 14)
     assert (model.config.patch_size, view.config.patch_size) == (7, 14)
     assert view.embeddings.config is view.config

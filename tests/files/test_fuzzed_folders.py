@@ -23,6 +23,7 @@ from torch import nn
 
 import anypatch
 from anypatch import AnypatchError
+from builders import transformers_model
 from tests.files.fuzzing import PEAK, forget_peak, in_a_process, mutate, mutate_json, peak, text_of, watch
 
 Files = dict[str, bytes]
@@ -47,9 +48,7 @@ def _timm(place: Path) -> dict[str, Files]:
 
 def _transformers(place: Path) -> dict[str, Files]:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2,
-                                    num_attention_heads=2, intermediate_size=32)  # fmt: skip
-    model = transformers.ViTModel(config)
+    model = transformers_model(num_hidden_layers=2)
     vit = _saved(place / "vit", model, processor=transformers.ViTImageProcessor(size={"height": 32, "width": 32}))
     names = sorted(model.state_dict())
     halves = [{n: model.state_dict()[n] for n in part} for part in (names[::2], names[1::2])]

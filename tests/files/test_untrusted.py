@@ -22,6 +22,7 @@ import anypatch
 from anypatch import CheckpointError
 from anypatch.files.configs import MAX_NESTING, read_config
 from anypatch.files.reading import read
+from builders import transformers_model
 
 MARK = "opened"
 
@@ -334,9 +335,8 @@ def _peak() -> Iterator[Callable[[], int]]:
 
 def test_a_model_may_be_larger_than_the_limit_where_its_weights_are(tmp_path: Path) -> None:
     """Sharded, in half precision and with a head that the file does not have."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=2, num_labels=4)
-    transformers.ViTModel(config).bfloat16().save_pretrained(tmp_path, max_shard_size="1MB")
+    model = transformers_model(hidden_size=128, num_hidden_layers=2, intermediate_size=3072, num_labels=4)
+    model.bfloat16().save_pretrained(tmp_path, max_shard_size="1MB")
     stored = json.loads((tmp_path / "config.json").read_text())
     stored["architectures"] = ["ViTForImageClassification"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -556,11 +556,8 @@ def test_names_nested_without_end() -> None:
 
 def _hf(place: Path, **files: Any) -> Path:
     """A good directory of transformers with other files in it, given as JSON by name."""
-    transformers = pytest.importorskip("transformers")
     folder = place / "hf"
-    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1,
-                                    num_attention_heads=2, intermediate_size=32)  # fmt: skip
-    transformers.ViTModel(config).save_pretrained(folder)
+    transformers_model().save_pretrained(folder)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
@@ -754,12 +751,8 @@ ACTS = {
 @pytest.mark.parametrize("act", ACTS)
 def test_code_of_processors_and_tokenizers_travels_and_is_not_run(place: Path, act: str) -> None:
     """No class that a processor, a tokenizer or a generation configuration names beside itself is imported."""
-    transformers = pytest.importorskip("transformers")
     folder = place / "folder"
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
-    )
-    transformers.ViTModel(config).save_pretrained(folder)
+    transformers_model().save_pretrained(folder)
     (folder / "custom.py").write_text(f"open({str(place / MARK)!r}, 'w')\nfrom transformers import *\n")
     kinds = ("ImageProcessor", "FeatureExtractor", "VideoProcessor", "Processor")
     named: dict[str, Any] = {f"Auto{kind}": "custom.ViTImageProcessor" for kind in kinds}

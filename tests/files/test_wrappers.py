@@ -20,6 +20,7 @@ import anypatch
 from anypatch import CheckpointError
 from anypatch.files import layouts
 from anypatch.files.reading import read
+from builders import transformers_model
 
 TINY = "timm:vit_tiny_patch16_224"
 ARGUMENTS: dict[str, Any] = {"num_classes": 5}
@@ -155,13 +156,9 @@ def test_segment_anything(tmp_path: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "model.", "lit.net."])
 def test_prefixes_before_the_names_of_transformers(tmp_path: Path, prefix: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )
-    model = transformers.ViTForImageClassification(config)
-    config.architectures = ["ViTForImageClassification"]
-    config.save_pretrained(tmp_path)
+    model = transformers_model(head="ForImageClassification", num_hidden_layers=2)
+    model.config.architectures = ["ViTForImageClassification"]
+    model.config.save_pretrained(tmp_path)
     torch.save({"state_dict": {**_behind(prefix, model.state_dict()), "loss.w": torch.ones(1)} if prefix
                 else model.state_dict()}, tmp_path / "lit.ckpt")  # fmt: skip
     loaded = anypatch.load(tmp_path / "lit.ckpt", arch=f"transformers:{tmp_path}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anypatch.adaptation import describe, host
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.blocks import as_tokens, block_list, reading, spread
+from builders import transformers_model
 
 
 def said(model: nn.Module, pixels: Tensor) -> list[Any]:
@@ -22,12 +23,7 @@ def said(model: nn.Module, pixels: Tensor) -> list[Any]:
 
 
 def test_tokens_are_those_of_the_host_s_own_hidden_states() -> None:
-    import transformers
-
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=24, patch_size=8
-    )
-    model = transformers.Dinov2Model(config).eval()
+    model = transformers_model("Dinov2", num_hidden_layers=4, image_size=24)
     pixels = torch.rand(2, 3, 24, 24)
     states = model(pixel_values=pixels, output_hidden_states=True).hidden_states  # embeddings first
     found = said(model, pixels)

@@ -22,7 +22,7 @@ from anypatch.files import layouts
 from anypatch.files.reading import read
 from anypatch.hosts.checkpoints import infer, load_file
 from anypatch.hosts.timm.inference import same_function
-from builders import CLIP, openai
+from builders import CLIP, openai, transformers_model
 
 TINY = "timm:vit_tiny_patch16_224"
 # img_size other than the architecture's own, so that reading the native geometry is put to the test
@@ -447,11 +447,7 @@ def test_torchvision(tmp_path: Path) -> None:
 
 
 def test_transformers_file_with_its_configuration(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    reference = transformers.Dinov2Model(config).eval()
+    reference = transformers_model("Dinov2", num_hidden_layers=2, image_size=56, patch_size=14)
     reference.save_pretrained(tmp_path)
     pixels = torch.randn(1, 3, 56, 56)
     for arch in (None, f"transformers:{tmp_path}"):

@@ -23,18 +23,11 @@ import anypatch
 from anypatch import CheckpointError, UnsupportedModelError
 from anypatch.core.merging import merged
 from anypatch.files import atomic, flushing
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 64,
-}
+from builders import SMALL, transformers_model
 
 
 def _vit() -> Any:
-    return transformers.ViTModel(transformers.ViTConfig(**SMALL)).eval()
+    return transformers_model(num_hidden_layers=2, image_size=64, patch_size=16)
 
 
 def _tiny(**arguments: Any) -> Any:

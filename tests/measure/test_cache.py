@@ -174,13 +174,9 @@ def test_what_computes_the_same_is_the_same_model() -> None:
 
 
 def test_transformers_too() -> None:
-    transformers = pytest.importorskip("transformers")
-
     def build(**options):
         torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        config = transformers.ViTConfig(image_size=32, patch_size=8, **{**sizes, **options})
-        return transformers.ViTModel(config, add_pooling_layer=False).eval()
+        return builders.transformers_model(**options)
 
     known = fingerprint(build())
     assert fingerprint(build()) == known

@@ -19,7 +19,7 @@ from anypatch.measure.class_names import read_class_names
 from anypatch.measure.decoding import decode, unreadable
 from anypatch.measure.opening import labelled, unlabelled
 from anypatch.measure.preprocess import preprocess_of
-from builders import COLOURS, image_folder, picture, split_folder, write
+from builders import COLOURS, image_folder, picture, split_folder, transformers_model, write
 
 
 def counts(images) -> dict[str, int]:
@@ -315,10 +315,7 @@ def test_open_clip_preprocessing(mode: str) -> None:
 
 def test_transformers_preprocessing(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=48, patch_size=8
-    )
-    transformers.ViTModel(config).save_pretrained(tmp_path)
+    transformers_model(image_size=48).save_pretrained(tmp_path)
     processors = [
         transformers.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}),
         transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}),
@@ -337,9 +334,7 @@ def test_transformers_preprocessing(tmp_path: Path) -> None:
 
 
 def test_transformers_without_a_processor_says_so() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=56)
-    preprocess = preprocess_of(transformers.Dinov2Model(config))
+    preprocess = preprocess_of(transformers_model("Dinov2", image_size=56, patch_size=14))
     assert "no image processor" in preprocess.note
     assert preprocess.mean == (0.485, 0.456, 0.406)
     assert preprocess.crop == 224 / 256

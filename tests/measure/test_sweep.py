@@ -30,7 +30,7 @@ from anypatch.measure.opening import unlabelled
 from anypatch.measure.preprocess import preprocess_of
 from anypatch.report import measurements
 from anypatch.report.colours import shared_colours
-from builders import COLOURS, image_folder, split_folder, vit, write
+from builders import COLOURS, SMALL, image_folder, split_folder, transformers_model, vit, write
 
 SIZES = [4, 8, 16]
 
@@ -441,16 +441,12 @@ def test_features_of_every_library(case: str) -> None:
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 32, 32)
     if case == "transformers":
-        transformers = pytest.importorskip("transformers")
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        model = transformers.ViTForImageClassification(
-            transformers.ViTConfig(image_size=32, patch_size=8, num_labels=4, **sizes)
-        ).eval()
+        model = transformers_model(head="ForImageClassification", num_labels=4)
         hidden = model.vit(pixel_values=pixels).last_hidden_state
         pooled, patches, logits = hidden[:, 0], hidden[:, 1:], model(pixel_values=pixels).logits
     elif case == "clip":
         transformers = pytest.importorskip("transformers")
-        tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        tower = SMALL
         model = transformers.CLIPModel(
             transformers.CLIPConfig(
                 text_config=tower, vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=12

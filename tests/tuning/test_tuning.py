@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import anypatch
+import builders
 from anypatch import AnypatchError, CheckpointError, DataError, GeometryError, UnsupportedModelError
 from anypatch.hosts.blocks import Tokens
 from anypatch.hosts.images import Features, Preprocess
@@ -65,18 +66,13 @@ def vit() -> Any:
 
 
 def dinov2() -> Any:
-    import transformers
-
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
-    )
-    return randomised(transformers.Dinov2Model(config))
+    return randomised(builders.transformers_model("Dinov2", num_hidden_layers=2, patch_size=4))
 
 
 def clip() -> Any:
     import transformers
 
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {**builders.SMALL, "num_hidden_layers": 2}
     config = transformers.CLIPConfig(
         text_config={**small, "vocab_size": 9}, vision_config={**small, "image_size": 32, "patch_size": 4},
         projection_dim=16,
@@ -87,7 +83,7 @@ def clip() -> Any:
 def llava() -> Any:
     import transformers
 
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {**builders.SMALL, "num_hidden_layers": 2}
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**small, image_size=32, patch_size=4),
         text_config=transformers.LlamaConfig(**small, num_key_value_heads=2, vocab_size=99),

@@ -13,15 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import anypatch
 from anypatch import CheckpointError, UnsupportedModelError
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32,
-    "patch_size": 8,
-}  # fmt: skip
-
-
-def _vit() -> Any:
-    return transformers.ViTModel(transformers.ViTConfig(**SMALL)).eval()
+from builders import transformers_model
 
 
 def _assert_saves_the_same(model: Any, place: Path) -> None:
@@ -41,12 +33,12 @@ def _assert_saves_the_same(model: Any, place: Path) -> None:
 def _with_adapters(folder: Path) -> Any:
     """A whole model and adapters in one directory, which transformers loads together."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(_vit(), peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(transformers_model(), peft.LoraConfig(target_modules=["q_proj"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(0.1) if "lora_" in name else None
     model.save_pretrained(folder)
-    _vit().save_pretrained(folder)
+    transformers_model().save_pretrained(folder)
     loaded = anypatch.load(folder)
     assert any("lora_" in name for name, _ in loaded.named_parameters())
     return loaded
@@ -56,7 +48,7 @@ def _attached(folder: Path) -> Any:
     """Adapters that transformers attached to a model in hand."""
     _with_adapters(folder)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    _vit().save_pretrained(folder / "base")
+    transformers_model().save_pretrained(folder / "base")
     model = transformers.ViTModel.from_pretrained(folder / "base")
     model.load_adapter(str(folder))
     return model
@@ -64,7 +56,7 @@ def _attached(folder: Path) -> Any:
 
 def _renamed(folder: Path) -> Any:
     """A file in somebody's own terms, translated as the caller says."""
-    model = _vit()
+    model = transformers_model()
     model.save_pretrained(folder)
     renamed = {f"mine.{name}": tensor for name, tensor in model.state_dict().items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
@@ -94,7 +86,7 @@ def _both(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [_cut, _tied, _both])
 def test_cut_and_tied_layers(tmp_path: Path, change: Any) -> None:
-    model = transformers.ViTModel(transformers.ViTConfig(**{**SMALL, "num_hidden_layers": 2})).eval()
+    model = transformers_model(num_hidden_layers=2)
     change(model)
     _assert_saves_the_same(model, tmp_path / "out")
     assert model.config.num_hidden_layers == 2  # the live model is left alone
@@ -103,7 +95,7 @@ def test_cut_and_tied_layers(tmp_path: Path, change: Any) -> None:
 
 
 def test_a_value_that_the_configuration_does_not_say(tmp_path: Path) -> None:
-    model = _vit()
+    model = transformers_model()
     model.layers[0].layernorm_before.eps = 0.5
     with pytest.raises(UnsupportedModelError, match=r"eps 1e-12 at layers\.0\.layernorm_before, where .* 0\.5"):
         anypatch.save(model, tmp_path / "out")
@@ -118,7 +110,7 @@ def _quantised() -> Any:
     from transformers.integrations import replace_with_bitnet_linear
     from transformers.quantizers.quantizer_bitnet import BitNetHfQuantizer
 
-    model: Any = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)).eval()
+    model: Any = transformers_model(head="ForImageClassification")
     config = transformers.BitNetQuantConfig(modules_to_not_convert=["classifier"])
     replace_with_bitnet_linear(model, ["classifier"], config)
     for layer in model.modules():
@@ -178,7 +170,7 @@ def test_what_a_quantised_model_would_not_be_again_is_refused(tmp_path: Path, ch
 
 def test_a_quantised_projection_is_not_resampled(tmp_path: Path) -> None:
     """Values that a scale beside them belongs to say nothing on their own."""
-    _vit().save_pretrained(tmp_path / "in")
+    transformers_model().save_pretrained(tmp_path / "in")
     path = tmp_path / "in" / "model.safetensors"
     tensors = load_file(path)
     (name,) = (n for n in tensors if n.endswith("projection.weight"))
@@ -198,7 +190,7 @@ def test_links_to_something_outside_stay_links(tmp_path: Path) -> None:
     secret, folder = tmp_path / "secret", tmp_path / "in"
     secret.mkdir()
     (secret / "key").write_text("{}")
-    _vit().save_pretrained(folder)
+    transformers_model().save_pretrained(folder)
     for name in ("vocab.txt", "README.md", "preprocessor_config.json"):
         (folder / name).symlink_to(secret / "key")
     (folder / "additional_chat_templates").symlink_to(secret)

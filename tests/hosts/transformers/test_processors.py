@@ -14,18 +14,11 @@ from PIL import Image
 import anypatch
 from anypatch import Geometry
 from anypatch.hosts.transformers.processors import FILES, follow, resized
-
-TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+from builders import SMALL, transformers_model
 
 
 def _directory(path: Path, processor: Any = None, image: int = 224, patch: int = 16) -> Path:
-    config = transformers.Dinov2Config(image_size=image, patch_size=patch, **TINY)
-    transformers.Dinov2Model(config).save_pretrained(path)
+    transformers_model("Dinov2", image_size=image, patch_size=patch).save_pretrained(path)
     if processor is not None:
         processor.save_pretrained(path)
     return path
@@ -119,11 +112,7 @@ def test_nothing_changes_where_the_image_does_not(tmp_path: Path) -> None:
 )
 def test_a_damaged_processor_is_named_both_ways(tmp_path: Path, text: str, match: str) -> None:
     source = tmp_path / "in"
-    transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=64
-        )
-    ).save_pretrained(source)
+    transformers_model(image_size=64, patch_size=16).save_pretrained(source)
     (source / "preprocessor_config.json").write_text(text, encoding="latin-1")
     model = anypatch.load(source, image_size=128)
     for act in (
@@ -216,7 +205,7 @@ def _tokenizer(path: Path) -> None:
 
 
 def test_everything_that_processors_need_travels(tmp_path: Path) -> None:
-    source, small = tmp_path / "source", TINY
+    source, small = tmp_path / "source", SMALL
     config = transformers.CLIPConfig(
         text_config={**small, "vocab_size": 3, "eos_token_id": 1, "bos_token_id": 2},
         vision_config={**small, "image_size": 64, "patch_size": 16},
