@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -208,7 +208,7 @@ def at(
         torch.Size([192, 3, 16, 16])
     """
     while isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        model = cast(M, model._modules["_orig_mod"])
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UnsupportedModelError(f"take the view of {type(model).__name__}'s module, then wrap the view")
     plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions, shared=True)

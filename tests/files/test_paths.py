@@ -11,7 +11,9 @@ import timm
 import torch
 
 import anypatch
-from anypatch import CheckpointError
+from anypatch import CheckpointError, SweepResult, cli
+from anypatch.measure.view import save_view, view
+from builders import write
 
 
 def _tiny() -> Any:
@@ -38,6 +40,42 @@ def test_the_home_directory(home: Path) -> None:
     assert anypatch.geometry(anypatch.load("~/file8.safetensors", arch="timm:test_vit")).patch_size == (8, 8)
     assert sorted(path.name for path in home.iterdir()) == ["file.pth", "file8.safetensors", "vit", "vit8"]
     assert not list((home.parent / "here").iterdir())
+
+
+@pytest.mark.slow
+def test_images_and_reports_in_the_home_directory(home: Path) -> None:
+    write(home / "photos" / "0.png", (40, 60, 230), 0)
+    result = anypatch.sweep(
+        _tiny(), [8], images="~/photos", output="~/out", cache="~/cache", batch_size=1, num_workers=0, progress=False
+    )
+    result.to_html("~/deep/report.html")
+    save_view(view(_tiny(), "~/photos/0.png", [8]), "~/view.png")
+    assert sorted(path.name for path in home.iterdir()) == ["cache", "deep", "out", "photos", "view.png"]
+    assert not list((home.parent / "here").iterdir())
+
+
+def test_a_report_where_none_can_be_is_one_error(home: Path) -> None:
+    row: Any = {"patch_size": 16, "image_size": 224, "tokens": 197, "gflops": 35.0, "images_per_second": 4.0}
+    (home / "file").write_text("")
+    for write_it in (SweepResult([row], row).to_html, SweepResult([row], row).save):
+        with pytest.raises(CheckpointError, match=r"cannot write .*file"):
+            write_it("~/file/report.html")
+
+
+@pytest.mark.slow
+def test_what_is_in_the_home_directory_is_not_replaced_unasked(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shells leave the ~ of --output=~/vit to the command."""
+    anypatch.save(_tiny(), "~/vit")
+    before = (home / "vit" / "config.json").read_bytes()
+    source = ["timm:test_vit", "-o", "pretrained=False", "--patch-size", "8"]
+    for arguments in (["adapt", *source, "--output=~/vit"], ["convert", "~/vit", "~/vit", "--patch-size", "8"]):
+        assert cli.run(arguments) == cli.FAILED
+        assert "--overwrite" in " ".join(capsys.readouterr().err.split())
+    assert (home / "vit" / "config.json").read_bytes() == before
+    assert cli.run(["adapt", *source, "--output=~/other"]) == 0
+    assert (home / "other" / "config.json").is_file()
 
 
 def test_a_name_that_begins_so_is_no_home(home: Path) -> None:

@@ -18,7 +18,7 @@ from anypatch.errors import AnypatchError, GeometryError
 from anypatch.measure import cost
 from anypatch.measure.cost import Cost, take_turns
 from anypatch.measure.features import Reader, at_geometry
-from anypatch.measure.fingerprint import fingerprint, weights_hash
+from anypatch.measure.fingerprint import fingerprint
 from anypatch.measure.sweep import SweepResult
 from anypatch.measure.targets import Asked, targets_of
 from anypatch.report.progress import EVERY, Lines, duration, shown_progress
@@ -142,7 +142,7 @@ def test_time_is_of_this_run(images: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_models_side_by_side_share_what_does_not_follow() -> None:
     model = vit()
-    before = weights_hash(model), fingerprint(model)
+    before = fingerprint(model)
     subject = describe(model)
     faces = [
         at_geometry(subject, target, "wiener", "antialias") for target in targets_of(subject, Asked([7, 28])).targets
@@ -153,7 +153,7 @@ def test_models_side_by_side_share_what_does_not_follow() -> None:
         assert torch.equal(face(pixels), fresh(pixels))
         shared = {n for n, p in face.named_parameters() if p is dict(model.named_parameters())[n]}
         assert set(dict(model.named_parameters())) - shared == {"patch_embed.proj.weight", "pos_embed"}
-    assert (weights_hash(model), fingerprint(model)) == before
+    assert fingerprint(model) == before
 
 
 def test_the_model_and_the_random_numbers_are_left_as_they_were(images: Path) -> None:

@@ -10,6 +10,7 @@ from anypatch.cli import options as o
 from anypatch.cli import output
 from anypatch.cli.stderr import working
 from anypatch.core.geometry import parse_image_size, parse_size, show
+from anypatch.files.paths import place
 
 
 def register(app: typer.Typer) -> None:
@@ -22,12 +23,10 @@ def load_source(
     source: str, options: list[str] | None, arch: str | None, weights: bool, quiet: bool, prefix: str | None = None
 ) -> Any:
     """The model at its native geometry; without weights where it has a name and they are not asked for."""
-    from pathlib import Path
-
     from anypatch.sources import load
 
     found = o.loader_options(options, arch, prefix)
-    if not weights and not Path(source).expanduser().is_file() and arch is None:
+    if not weights and not place(source).is_file() and arch is None:
         found.setdefault("pretrained", False)
     with working(f"loading {source}" if weights else f"building {source}", quiet):
         return load(source, **found)

@@ -11,9 +11,15 @@ from typing import Annotated, Any, Optional
 import typer
 
 from anypatch.errors import AnypatchError
+from anypatch.files.paths import place
 
 # typer reads annotations at run time, where Python 3.10 needs Optional.
 # ruff: noqa: UP045
+
+
+def home(path: Path | None) -> Path | None:
+    """What was typed, ``~`` being the home directory: shells leave it in ``--output=~/vit``."""
+    return None if path is None else place(path)
 
 
 class Keep(str, Enum):
@@ -84,7 +90,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Device = Annotated[Optional[str], typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: results and errors only.")]
-Folder = Annotated[Path, typer.Option("--output", help="Directory to write, in the host library's own format.")]
+Folder = Annotated[
+    Path, typer.Option("--output", callback=home, help="Directory to write, in the host library's own format.")
+]
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 

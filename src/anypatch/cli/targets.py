@@ -8,6 +8,7 @@ from pathlib import Path
 
 from anypatch.errors import AnypatchError, CheckpointError
 from anypatch.files.atomic import require_free
+from anypatch.files.paths import place
 from anypatch.sources import recognise_directory
 
 
@@ -16,16 +17,16 @@ def nothing_empty_left(*targets: Path) -> Iterator[None]:
     """Remove the directories that a failed command made on the way to its targets and left empty."""
     made: list[Path] = []
     for target in targets:
-        for place in (target, *target.parents):
-            if place.exists():
+        for above in (target, *target.parents):
+            if above.exists():
                 break
-            made.append(place)
+            made.append(above)
     try:
         yield
     except BaseException:
-        for place in made:
+        for above in made:
             with contextlib.suppress(OSError):  # a file, or not empty: something was written
-                place.rmdir()
+                above.rmdir()
         raise
 
 
@@ -35,11 +36,11 @@ def require_target(target: Path, source: str, overwrite: bool) -> None:
     Raises:
         CheckpointError: the message says which, and what would work.
     """
-    place = Path(source).expanduser()
-    if not place.exists() and ":" in source:  # a prefix before a directory
-        place = Path(source.partition(":")[2].removeprefix("local-dir:")).expanduser()
+    read = place(source)
+    if not read.exists() and ":" in source:  # a prefix before a directory
+        read = place(source.partition(":")[2].removeprefix("local-dir:"))
     try:
-        require_free(target, overwrite, place if place.exists() else None)
+        require_free(target, overwrite, read if read.exists() else None)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("pass overwrite", "give --overwrite")) from None
 

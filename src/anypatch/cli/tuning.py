@@ -32,8 +32,10 @@ def register(app: typer.Typer) -> None:
 def tune(
     source: o.Source,
     patch_size: o.PatchSizes,
-    images: Annotated[Path, typer.Option(help="A folder of images; a few hundred will do, labels are not needed.")],
-    output: Annotated[Path, typer.Option(help="Folder for the model, its card and the report.")],
+    images: Annotated[
+        Path, typer.Option(callback=o.home, help="A folder of images; a few hundred will do, labels are not needed.")
+    ],
+    output: Annotated[Path, typer.Option(callback=o.home, help="Folder for the model, its card and the report.")],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     minutes: Annotated[

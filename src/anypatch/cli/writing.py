@@ -14,6 +14,7 @@ from anypatch.cli.stderr import working
 from anypatch.cli.targets import nothing_empty_left, require_format, require_target
 from anypatch.core.geometry import Geometry, Keep, parse_image_size, parse_size, show, target_geometry
 from anypatch.errors import GeometryError
+from anypatch.files.paths import place
 
 
 def register(app: typer.Typer) -> None:
@@ -43,7 +44,7 @@ def adapt(
 
     sizes = _sizes(patch_size, image_size)
     require_target(output, source, overwrite)
-    if not Path(source).expanduser().exists():
+    if not place(source).exists():
         _require_fit(source, option, sizes, keep.value)
     model = load_source(source, option, arch, True, quiet, prefix)
     before = geometry(model)
@@ -62,9 +63,10 @@ def adapt(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint file, or a directory of transformers, timm or open_clip.")
+        Path,
+        typer.Argument(callback=o.home, help="A checkpoint file, or a directory of transformers, timm or open_clip."),
     ],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file or the directory to write.")],
+    target: Annotated[Path, typer.Argument(callback=o.home, help="The .safetensors file or the directory to write.")],
     patch_size: o.PatchSize = None,
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,

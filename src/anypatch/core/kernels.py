@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -48,16 +49,16 @@ def _moved(matrix: Tensor, shift: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """A way to resize one axis. Subclasses give `matrix`."""
 
+    @abstractmethod
     def matrix(self, old: int, new: int, shift: float = 0.0) -> Tensor:
         """The (new, old) float64 matrix that takes an old kernel's axis to the new one.
 
         `shift` is how far the new window starts behind the old one, in new pixels. It is zero unless the stem
         pads its input by a number of pixels that does not scale with the patch.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -270,8 +270,8 @@ def _folded(case: Case, outer: int, inner: int) -> Role:
     """A table whose token axis is folded into one with ``outer`` grids before it and ``inner`` values after it."""
     (axis,) = case.axes
     unfold = partial(_unfolded, axis=axis, outer=outer, inner=inner)
-    shapes = {"old_shape": unfold(case.old_shape), "new_shape": unfold(case.new_shape)}
-    role = _table(replace(case, **shapes, axes=(axis + 1,), facts=replace(case.facts, folded={})))  # type: ignore[arg-type]
+    old, new = unfold(case.old_shape), unfold(case.new_shape)
+    role = _table(replace(case, old_shape=old, new_shape=new, axes=(axis + 1,), facts=replace(case.facts, folded={})))
     return Role(role.text, partial(_through, apply=role.apply, unfold=unfold, axis=axis))
 
 

@@ -16,7 +16,7 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,13 @@ class Constant:
 
 Bound = Follows | Constant
 M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:  # mixed into a host's class, which has these methods
+    _Base = nn.Module
+else:
+    _Base = object
 
 
-class _Bound:
+class _Bound(_Base):
     """What shells whose tensors follow the geometry are besides their host's class."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -112,14 +116,14 @@ class _Bound:
         if isinstance(vars(self)[MARK].get(name), Constant):
             setattr(self, name, tensor)
         else:
-            super().register_buffer(name, tensor, persistent)  # type: ignore[misc]
+            super().register_buffer(name, tensor, persistent)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the host's class, as pickle finds no class that was made on the way."""
         return _empty, (type(self).__mro__[2], tuple(sorted(vars(self)[MARK]))), vars(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, bound in vars(self)[MARK].items():
             value = getattr(self, name)
             if value is None or not bound.persistent:
@@ -131,7 +135,7 @@ class _Bound:
         names = [prefix + name for name in vars(self)[MARK]]
         given = [name for name in names if name in state_dict]
         held = {key: value for key, value in state_dict.items() if key not in given}
-        super()._load_from_state_dict(held, prefix, *rest)  # type: ignore[misc]
+        super()._load_from_state_dict(held, prefix, *rest)
         _, _, missing, _, errors = rest
         missing[:] = [name for name in missing if name not in names]
         if given:

@@ -27,7 +27,7 @@ MAX_COUNT = 10_000  # a hundred times what the largest have
 LABELS = re.compile(r"(^|_)num_labels$")
 MAX_LABELS = 1 << 20  # ImageNet-21k has 21,843
 MAX_NAME = 255  # bytes of the name of a file, on every usual file system
-MAX_SIDE = 1 << 40  # any whole number: above it, a product of two overflows what torch counts in
+MAX_NUMBER = 1 << 40  # of any meaning: above it, a product of two overflows what torch counts in
 # Not a name but a place, for any library: a directory, a drive, an address, a prefix that says where from.
 PLACE = re.compile(r"[/\\:]|^[.~]")
 
@@ -67,7 +67,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: {name} is {value}, and no model has more than {MAX_COUNT}")
             if LABELS.search(name) and value > MAX_LABELS:
                 raise CheckpointError(f"{path}: {name} is {value}, and no model has more than {MAX_LABELS}")
-            if abs(value) > MAX_SIDE:
+            if abs(value) > MAX_NUMBER:
                 raise CheckpointError(f"{path}: {name} is {value}, which is no size of a model")
     return config
 

@@ -35,7 +35,7 @@ ROOTED = re.compile(r"(?:^|(?<=\.))(patch_embed\.proj(ection)?|visual\.conv1|con
 INNER = ("visual.trunk.", "image_encoder.", "preprocessor.")
 CHUNKED = re.compile(r"^blocks\.(\d+)\.(\d+)\.")
 NOT_IMAGE = re.compile(r"(^|[./])(text|txt|decoder|predictor|language)([_./]|model)")
-MAX_PREFIX = 16  # parts of a name before a known one; wrappers of wrappers put four
+MAX_PREFIX = 16  # tokens before the grid; class, distillation and register tokens of known models are at most nine
 
 
 def wrapper(name: str) -> str | None:

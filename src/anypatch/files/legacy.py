@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,7 +73,7 @@ def read_legacy(path: Path) -> Any:
         return value
 
 
-def _fill(file: BinaryIO, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+def _fill(file: BufferedReader, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
     head = file.read(8)
     if int.from_bytes(head, "little") * dtype.itemsize != len(storage):
         raise pickle.UnpicklingError("a storage of another length than was said")
@@ -82,7 +83,7 @@ def _fill(file: BinaryIO, storage: torch.UntypedStorage, dtype: torch.dtype) -> 
     buffer = memoryview(view.numpy().data).cast("B")
     done = 0
     while done < len(buffer):
-        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        count = file.readinto(buffer[done:])
         if not count:
             raise pickle.UnpicklingError("a storage that is cut off")
         done += count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +14,7 @@ from anypatch.errors import CheckpointError
 Identity = tuple[int, int, int, int]
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading; a device would not end, and a named pipe would wait for a writer.
 
     Raises:

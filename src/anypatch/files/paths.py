@@ -23,6 +23,11 @@ def at_home(source: str) -> str:
     return source if found is None else found[1] + os.path.expanduser("~") + source[found.end() :]
 
 
+def place(path: str | Path) -> Path:
+    """A path in which ``~`` is the home directory."""
+    return Path(at_home(os.fspath(path)))
+
+
 def given(path: str | Path, what: str) -> Path:
     """A path that a caller gave, ``~`` being the home directory.
 
@@ -36,7 +41,7 @@ def given(path: str | Path, what: str) -> Path:
     text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
     if not text or "\0" in text:
         raise CheckpointError(f"the {what} must be a path, got {path!r}")
-    found = Path(at_home(text))
+    found = place(text)
     try:
         found.lstat()
     except OSError as error:

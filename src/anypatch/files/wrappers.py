@@ -100,7 +100,7 @@ def _listed(found: list[tuple[tuple[int, ...], str, str, dict[str, Any]]]) -> st
 def _likeliest(
     found: list[tuple[tuple[int, ...], str, str, dict[str, Any]]],
 ) -> list[tuple[tuple[int, ...], str, str, dict[str, Any]]]:
-    """Of several towers: one that holds the others, averaged ones, not raw ones; equal tensors are one."""
+    """Of several towers: one that holds the others, else averaged ones, else those that are not raw."""
     for outer in found:
         if all(f[3] is outer[3] and f[2].startswith(outer[2]) for f in found):
             return [outer]
@@ -115,9 +115,9 @@ def _likeliest(
     return found
 
 
-def _tables(raw: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def _tables(raw: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Every table of tensors within ``raw``, with the keys that lead there."""
-    stack: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [(keys, raw)]
+    stack: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), raw)]
     seen: set[int] = set()
     while stack and len(seen) < MAX_TABLES:
         keys, table = stack.pop()

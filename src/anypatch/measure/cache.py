@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anypatch.errors import AnypatchWarning, CheckpointError
 from anypatch.files.atomic import replacing_file
+from anypatch.files.paths import place
 
 # Bytes beside the tensors: the names and shapes of five of them, and a reason of at most this many bytes per image.
 HEADER, REASON = 4096, 1024
@@ -59,7 +60,7 @@ def default_folder() -> Path:
     """``$ANYPATCH_CACHE``, or ``anypatch`` in the user's cache folder."""
     chosen = os.environ.get("ANYPATCH_CACHE")
     if chosen:
-        return Path(chosen)
+        return place(chosen)
     from platformdirs import user_cache_path
 
     return user_cache_path("anypatch", appauthor=False)
@@ -101,9 +102,8 @@ class Cache:
             return
         content = save(tensors, metadata={**text, "checksum": _checksum(tensors, text)})
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content)
-        except (OSError, CheckpointError) as error:
+        except CheckpointError as error:
             warnings.warn(f"features are not cached: {error}", AnypatchWarning, stacklevel=2)
             self.folder = None
 
@@ -160,10 +160,14 @@ def _checksum(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all.
+    """Write a file at once or not at all; the directories above it are made.
 
     Raises:
         CheckpointError: it cannot be written; what was there is what it was.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     with replacing_file(path) as file:
         file.write(content)

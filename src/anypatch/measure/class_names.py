@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anypatch.errors import DataError
+from anypatch.files.paths import place
 from anypatch.measure.images import listed
 
 
@@ -24,10 +25,10 @@ def read_class_names(names: str | Path | Sequence[str] | dict[str, str], classes
     """
     value: Any = names
     origin = "class names"
-    if isinstance(names, Path) or (isinstance(names, str) and Path(names).is_file()):
+    if isinstance(names, Path) or (isinstance(names, str) and place(names).is_file()):
         origin = str(names)
         try:
-            text = Path(names).read_text(encoding="utf-8")
+            text = place(names).read_text(encoding="utf-8")
             value = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
         except (OSError, ValueError) as error:
             raise DataError(f"{names} cannot be read: {error}") from error

@@ -85,16 +85,6 @@ def fingerprint(model: object) -> str:
     return reader.digest.hexdigest()
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Changes with any weight, buffer, dtype or class of the model; not with its device."""
-    reader = _Reader()
-    reader.text(_name(type(model)))
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        reader.text(name)
-        reader.tensor(tensor)
-    return reader.digest.hexdigest()
-
-
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of packages; empty for those that are not installed."""
     found = {}

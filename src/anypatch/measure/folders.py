@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anypatch.errors import DataError
+from anypatch.files.paths import place
 from anypatch.measure.images import TEST, TRAIN, Data, ImageSet, listed, split
 from anypatch.measure.pixels import as_rgb
 
@@ -54,7 +55,7 @@ class _Headers:
 
 
 def existing(folder: str | Path) -> Path:
-    root = Path(folder)
+    root = place(folder)
     if not root.is_dir():
         raise DataError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
     return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Job:
 
                 self.extractor.tick = tick
                 work = self._work(name, target, cost, mark)
-                sets[name] = self.extractor.extract(lambda target=target: self._reader(target), work)  # type: ignore[misc]
+                sets[name] = self.extractor.extract(functools.partial(self._reader, target), work)
             self.readers.pop(target, None)
             found[target] = Measured(target, cost.columns(), sets)
         return [found[target] for target in every]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anypatch.errors import DataError
+from anypatch.files.paths import place
 from anypatch.measure.folders import class_folder, existing, image_files, images_under
 from anypatch.measure.huggingface import by_name, from_disk, hugging_face
 from anypatch.measure.images import Data
@@ -39,7 +40,7 @@ def unlabelled(folder: str | Path, limit: int | None = None) -> Data:
 def _open(source: Any) -> Data:
     if not isinstance(source, (str, Path)):
         return hugging_face(source, str(getattr(source, "builder_name", None) or "dataset"))
-    path = Path(source)
+    path = place(source)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return hugging_face(from_disk(path), str(source))

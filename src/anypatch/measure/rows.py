@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from anypatch.core.geometry import Geometry
 from anypatch.errors import AnypatchError
+from anypatch.files.paths import place
 from anypatch.measure.accuracy import (
     Accuracy,
     fidelity,
@@ -80,16 +81,13 @@ class SweepResult(Measurements):
         """Write the trade-off curves as a picture; the file's ending chooses the format, such as .svg, .png or .pdf.
 
         Raises:
-            AnypatchError: no such format, or it cannot be written.
+            AnypatchError: no such format.
+            CheckpointError: it cannot be written.
         """
         target = figure_target(path)
         kind = target.suffix.lower()[1:]
         picture = io.BytesIO()
         self.plot().savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AnypatchError(f"cannot write to {target.parent}: {error.strerror or error}") from error
         write_whole(target, picture.getvalue())
         return target
 
@@ -101,8 +99,7 @@ class SweepResult(Measurements):
         """
         from anypatch.report.page import html
 
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = place(path)
         write_whole(target, html(self).encode("utf-8", "replace"))
         return target
 
@@ -123,13 +120,9 @@ class SweepResult(Measurements):
         """Write ``sweep.json``, ``sweep.csv`` and ``report.html`` into a folder, which is made if it is not there.
 
         Raises:
-            AnypatchError: they cannot be written.
+            CheckpointError: they cannot be written.
         """
-        target = Path(folder)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AnypatchError(f"cannot write to {folder}: {error.strerror or error}") from error
+        target = place(folder)
         write_whole(target / "sweep.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         write_whole(target / "sweep.csv", self.to_csv().encode())
         self.to_html(target / "report.html")
@@ -256,7 +249,7 @@ def figure_target(path: str | Path) -> Path:
     _optional("matplotlib")
     from matplotlib.backend_bases import FigureCanvasBase
 
-    target, known = Path(path), FigureCanvasBase.get_supported_filetypes()
+    target, known = place(path), FigureCanvasBase.get_supported_filetypes()
     if target.suffix.lower()[1:] not in known:
         raise AnypatchError(f"{target.name}: the ending has to be a picture's, such as .svg, .png or .pdf")
     return target

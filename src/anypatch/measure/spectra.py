@@ -19,6 +19,7 @@ from torch import Tensor
 
 from anypatch.core.kernels import Wiener
 from anypatch.errors import GeometryError
+from anypatch.files.paths import place
 from anypatch.measure.folders import images_under
 from anypatch.measure.pixels import as_rgb
 from anypatch.report.progress import shown_progress
@@ -131,7 +132,7 @@ def _periodogram(pixels: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]
 def _found(images: Path | str | Iterable[Any]) -> Iterable[Any]:
     if not isinstance(images, str | Path):
         return images
-    folder = Path(images)
+    folder = place(images)
     if not folder.is_dir():
         raise GeometryError(f"{folder} is not a folder of images")
     return images_under(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
 from anypatch.errors import AnypatchError, DataError
+from anypatch.files.paths import place
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.cache import Cache, default_folder, write_whole
 from anypatch.measure.class_names import read_class_names
@@ -143,9 +145,9 @@ def _run(options: Options, team: Team, progress: Progress) -> SweepResult:
     if not collections.sets:
         notes.add("no images were given: only costs were measured")
     for name, members in collections.sets.items():
-        notes.skipped(name, members, team.lead(lambda members=members: unreadable(members)))  # type: ignore[misc]
+        notes.skipped(name, members, team.lead(functools.partial(unreadable, members)))
     cache = options.cache
-    folder = None if cache is False else default_folder() if cache is True else Path(cache)
+    folder = None if cache is False else default_folder() if cache is True else place(cache)
     extractor = Extractor(preprocess, int(options.batch_size), options.workers(team), team, Cache(folder))
     job = Job(subject, options.asked, targets, collections, head is not None, extractor, progress)
     measured = job.run()
@@ -190,18 +192,17 @@ def _writable(folder: str | Path | None, team: Team) -> Iterator[None]:
     if folder is None or not team.leads:
         yield
         return
-    target = Path(folder)
-    made = [place for place in (target, *target.parents) if not place.exists()]
+    target = place(folder)
+    made = [above for above in (target, *target.parents) if not above.exists()]
     try:
         try:
-            target.mkdir(parents=True, exist_ok=True)
             write_whole(target / ".anypatch", b"")
             (target / ".anypatch").unlink(missing_ok=True)
         except OSError as error:
             raise AnypatchError(f"cannot write to {folder}: {error.strerror or error}") from error
         yield
     except BaseException:
-        for place in made:
+        for above in made:
             with contextlib.suppress(OSError):  # something was written
-                place.rmdir()
+                above.rmdir()
         raise

@@ -15,6 +15,7 @@ from anypatch.adaptation import describe
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.errors import AnypatchError, DataError
+from anypatch.files.paths import place
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.accuracy import patch_fidelity
 from anypatch.measure.decoding import reason
@@ -69,12 +70,12 @@ def view(
     if reference is not None and found.reference not in targets:
         targets = [found.reference, *targets]
     preprocess = preprocess_of(subject, None if isinstance(source, nn.Module) else str(source))
-    place = best_device() if device is None else usable(device)
-    base = on_device(subject, place)
+    chosen = best_device() if device is None else usable(device)
+    base = on_device(subject, chosen)
     views, features = [], []
     for target in targets:
         reader = Reader(at_geometry(base, target, kernel, positions))
-        seen, patches = _seen(reader, target, preprocess, picture, place)
+        seen, patches = _seen(reader, target, preprocess, picture, chosen)
         views.append(seen)
         features.append(patches)
     heads = [_head(target, patches) for target, patches in zip(targets, features, strict=True)]
@@ -87,13 +88,13 @@ def view(
 
 
 def _seen(
-    reader: Reader, target: Geometry, preprocess: Preprocess, picture: Image, place: torch.device
+    reader: Reader, target: Geometry, preprocess: Preprocess, picture: Image, device: torch.device
 ) -> tuple[Image, Tensor]:
     """What a model sees of a picture, and its patch features (h, w, c)."""
     assert target.image_size is not None
     height, width = target.image_size
     seen = preprocess.view(picture, (height, width))
-    pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None].to(place)
+    pixels = torch.from_numpy(np.array(seen)).view(height, width, -1).permute(2, 0, 1)[None].to(device)
     return seen, reader(preprocess.normalise(pixels).to(dtype_of(reader.model))).patches[0].float().cpu()
 
 
@@ -122,7 +123,7 @@ def check_target(path: str | Path) -> Path:
     """
     from PIL import Image as Pillow
 
-    target = Path(path)
+    target = place(path)
     kind = Pillow.registered_extensions().get(target.suffix.lower())
     if kind not in Pillow.SAVE:
         raise AnypatchError(f"{target.name}: the ending has to be a picture's, such as .png")
@@ -132,10 +133,10 @@ def check_target(path: str | Path) -> Path:
 def _open(path: str | Path) -> Image:
     from PIL import Image as Pillow
 
-    if not Path(path).exists():
+    if not place(path).exists():
         raise DataError(f"{path} does not exist: name an image file")
     try:
-        with Pillow.open(path) as image:
+        with Pillow.open(place(path)) as image:
             return as_rgb(image)
     except Exception as error:  # decoders raise many kinds
         raise DataError(f"{path} cannot be read as an image ({reason(error)})") from error

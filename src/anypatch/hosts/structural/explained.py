@@ -126,9 +126,10 @@ def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> list[D
 
 def _lengths(model: nn.Module, layout: Layout) -> set[int]:
     """Numbers of tokens that no width of the model is."""
-    part, stem = model.get_submodule(layout.part), model.get_submodule(layout.stem)
+    part = model.get_submodule(layout.part)
+    stem: Any = model.get_submodule(layout.stem)
     widths = {m.normalized_shape[-1] for m in part.modules() if isinstance(m, nn.LayerNorm)}
-    widths.add(stem.out_channels)  # type: ignore[arg-type]
+    widths.add(stem.out_channels)
     return set(counts(layout.geometry)) - widths
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -54,9 +55,9 @@ def layout_of(model: nn.Module) -> Layout:
     return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads, stems_of(model, stem))
 
 
-def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
+def _image_size(model: nn.Module, stem: str, conv: Any) -> Size | None:
     """The image size that the modules around the stem record."""
-    axes = len(conv.stride)  # type: ignore[arg-type]
+    axes = len(conv.stride)
     side = None
     frames = None
     for ancestor in ancestors(stem):
@@ -70,7 +71,7 @@ def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
                 continue
             if len(size) == 3 and axes == 2 and size[0] == conv.in_channels:
                 size = size[1:]
-            if len(size) in (2, axes) and all(s >= p for s, p in zip(size[::-1], conv.stride[::-1], strict=False)):  # type: ignore[index]
+            if len(size) in (2, axes) and all(s >= p for s, p in zip(size[::-1], conv.stride[::-1], strict=False)):
                 side = side or size
     if side is None or len(side) == axes:
         return side

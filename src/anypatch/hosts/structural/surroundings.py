@@ -362,9 +362,10 @@ def _stem(old: nn.Module, new: nn.Module, patch: Size) -> Any:
     """The first layer of the twins whose weight follows the patch, or that has it as its stride."""
     after = dict(new.named_modules())
     for path, module in old.named_modules():
-        twin = after.get(path)
-        alike = isinstance(module, (*CONVOLUTIONS, nn.Linear)) and type(twin) is type(module)
-        if alike and module.weight.shape != twin.weight.shape:  # type: ignore[union-attr]
+        twin: Any = after.get(path)
+        if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or type(twin) is not type(module):
+            continue
+        if module.weight.shape != twin.weight.shape:
             return module
     found = [m for m in old.modules() if isinstance(m, CONVOLUTIONS) and tuple(m.stride) == patch]
     return found[0] if found else None

@@ -46,11 +46,11 @@ def subject(model: nn.Module) -> Subject:
     return Subject(model, geometry, build=lambda g: _build(model, g), facts=Facts(sampling=own))
 
 
-def _geometry(model: nn.Module) -> Geometry:
+def _geometry(model: Any) -> Geometry:
     windows, patch = known(model).windows, tuple(projection_of(model).stride)
     if windows:
         return Geometry(patch, None, 0, NAME)
-    image = int(model.image_size)  # type: ignore[arg-type]
+    image = int(model.image_size)
     return Geometry(patch, (image, image), 1, NAME)
 
 
