@@ -29,12 +29,12 @@ from anypatch.hosts.images import Features, Preprocess
 from anypatch.proof import randomise
 from anypatch.report.colours import shared_colours
 from anypatch.tuning import learning_rate, schedule
+from anypatch.tuning.batches import Batches
 from anypatch.tuning.checkpoint import FILE
 from anypatch.tuning.crops import drawn_image
 from anypatch.tuning.data import Feed, split
 from anypatch.tuning.distance import Fidelity, distances
 from anypatch.tuning.mixing import random_box
-from anypatch.tuning.pool import Pool
 from anypatch.tuning.said import Said
 from anypatch.tuning.training import Trainer, digest
 
@@ -379,12 +379,14 @@ def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkey
     assert none == 0
     assert 8 <= taken <= 15
     assert begun == start
-    assert rate == learning_rate.FIRST_RATE * learning_rate.FACTOR ** (taken // 4 - 1)  # it wants a higher one
     assert notes[0].startswith(f"learning rate {rate:g} by the held-out loss after 4 steps: ")
-    taken, _, rate, notes = stopped_before_training(monkeypatch, images=photos, steps=20)
-    assert (taken, rate) == (0, learning_rate.FIRST_RATE)
+    short, _, first, notes = stopped_before_training(monkeypatch, images=photos, steps=20)
+    assert short == 0
+    assert rate == first * learning_rate.FACTOR ** (taken // 4 - 1)  # it wants a higher one
     assert "too few steps to try learning rates" in notes[0]
-    assert stopped_before_training(monkeypatch, images=photos, steps=20, lora=2)[2] == pytest.approx(1e-4)
+    lost = 1 - anypatch.tune(vit(), images=photos, patch_size=8, steps=1, **OPTIONS).curve[0][1]["8x8"]
+    assert first == pytest.approx(1e-5 * math.sqrt(lost / 0.1), rel=0.06)
+    assert stopped_before_training(monkeypatch, images=photos, steps=20, lora=2)[2] == pytest.approx(10 * first)
 
 
 @pytest.mark.parametrize(
@@ -700,8 +702,8 @@ def test_the_loss_between_blocks_by_hand() -> None:
     assert found.loss.item() == pytest.approx(schedule.INSIDE_WEIGHT * found.inside.item(), abs=1e-6)
 
 
-def pool_of(photos: Path, rank: int = 0, size: int = 1) -> tuple[Pool, list[int]]:
-    """A pool whose teacher says an image's mean and its red half on a grid of 1x2, and how often it was asked."""
+def batches_of(photos: Path, rank: int = 0, size: int = 1) -> tuple[Batches, list[int]]:
+    """Batches whose teacher says an image's mean and its red half on a grid of 1x2, and how often it was asked."""
     asked: list[int] = []
 
     def teach(crops: Tensor) -> Said:
@@ -713,34 +715,33 @@ def pool_of(photos: Path, rank: int = 0, size: int = 1) -> tuple[Pool, list[int]
         return Said(Features(pixels.mean((1, 2, 3))[:, None], patches), [Tokens(patches[:, 0, :0], patches)])
 
     feed = Feed(split(photos, 0).train, Preprocess(), 6, 0, 0, rank, size)
-    return Pool(feed, [(32, 32), (16, 16)], teach), asked
+    return Batches(feed, [(32, 32), (16, 16)], teach), asked
 
 
-def test_a_pool_asks_the_teacher_once_and_mirrors_what_it_said(photos: Path) -> None:
-    pool, asked = pool_of(photos)
-    first = [pool.batch(step, 3) for step in range(3)]
-    later = [pool.batch(step, 3) for step in range(3, 9)]
-    assert asked == [6, 6, 6]
-    turned = 0
-    for batch in (*first, *later):
+def test_no_crop_comes_twice_and_the_first_batches_are_made_once(photos: Path) -> None:
+    batches, asked = batches_of(photos)
+    first = [batches[step] for step in range(20)]
+    assert asked == [6] * 20
+    for batch in first:
         assert batch is not None
+        assert batch.crops[16, 16].shape == (6, 3, 16, 16)
         red = batch.crops[32, 32][:, 0].float()
         halves = torch.stack([red[..., :16].mean((1, 2)), red[..., 16:].mean((1, 2))], 1)
-        assert torch.allclose(batch.said.features.patches[:, 0, :, 0].float(), halves, rtol=0.01)
-        assert torch.equal(batch.said.inside[0].patches, batch.said.features.patches)
-        whole = {tuple(crop.flatten().tolist()) for row in first for crop in row.crops[16, 16]}  # type: ignore[union-attr]
-        turned += sum(tuple(crop.flatten().tolist()) not in whole for crop in batch.crops[16, 16])
-    assert 9 <= turned <= 27  # of 36 in later rounds, about half
-    for round_ in (later[:3], later[3:]):  # every crop once in each round
-        means = sorted(round(float(v), 3) for batch in round_ for v in batch.said.features.pooled)  # type: ignore[union-attr]
-        assert means == sorted(round(float(v), 3) for batch in first for v in batch.said.features.pooled)  # type: ignore[union-attr]
+        assert torch.equal(batch.said.features.patches[:, 0, :, 0], halves)
+    crops = {crop.numpy().tobytes() for batch in first if batch is not None for crop in batch.crops[32, 32]}
+    assert len(crops) == 120
+    again = [batches[step] for step in range(12)]
+    assert asked == [6] * 20
+    assert all(a is b for a, b in zip(again, first, strict=False))
 
 
-def test_two_processes_share_a_pool_and_one_that_begins_later_makes_the_same(photos: Path) -> None:
-    whole, _ = pool_of(photos)
-    parts = [pool_of(photos, rank, 2)[0] for rank in (0, 1)]
-    for step in (7, 8):  # nothing was asked for before
-        every, halves = whole.batch(step, 3), [part.batch(step, 3) for part in parts]
+def test_two_processes_share_a_batch_and_one_that_begins_later_makes_the_same(photos: Path) -> None:
+    whole, _ = batches_of(photos)
+    parts = [batches_of(photos, rank, 2)[0] for rank in (0, 1)]
+    for step in range(16):
+        assert whole[step] is not None
+    for step in (14, 15, 3):  # as a resumed run asks
+        every, halves = whole[step], [part[step] for part in parts]
         assert every is not None
         for rank, half in enumerate(halves):
             assert half is not None

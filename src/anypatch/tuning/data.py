@@ -112,10 +112,11 @@ class Feed:
         """This process's places of a batch."""
         return range(self.rank, self.batch_size, self.size)
 
-    def rows(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[list[Tensor] | None]]:
-        """For each row, without end, the crop of each of this process's places at the sizes; ``None`` if unreadable."""
+    def rows(self, sizes: Sequence[tuple[int, int]], first: int = 0) -> Iterator[list[list[Tensor] | None]]:
+        """For each row from ``first`` on, without end, the crop of each of this process's places at the sizes;
+        ``None`` if unreadable."""
         crops = Crops(self.images, self.preprocess, self.seed, list(sizes))
-        plan = ([row * self.batch_size + place for place in self.places] for row in itertools.count())
+        plan = ([row * self.batch_size + place for place in self.places] for row in itertools.count(first))
         loader: Any = torch.utils.data.DataLoader(
             crops,
             batch_sampler=plan,

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # is no better and 3e-5 worse: benchmarks/tuning_notes.md) and goes up by this factor as long as that is better, else
 # down. A good rate for LoRA is about ten times that for all weights (Schulman and others, "LoRA without regret", 2025).
 FIRST_RATE, LORA_TIMES, FACTOR = 1e-5, 10.0, 2.0
+# That rate is for a model whose features have lost this much (DINOv2-small at patch 28). Adam's steps have the length
+# of the rate, so that noise keeps features at a distance that grows as its square: where less is lost, a step that is
+# shorter by the root has the same share of it to win.
+LOST, SHORTEST = 0.1, 0.25
 # Short runs want higher rates than long ones (Wu, Ren, Liao, Grosse, "Understanding short-horizon bias in stochastic
 # meta-optimization", 2018), so that each rate is tried at so many times its height. Without it, six steps of
 # DINOv2-small at patch 32 found 2e-5, at which the held-out fidelity went up and down for the next hundred.
@@ -23,6 +27,16 @@ LEAST_RATE, LAST_RATE = 1e-7, 1e-2
 RANGE_SHARE = 0.1  # of the run's steps, the most that the range test may cost
 # Each trial is a run of its own, with warm-up and fall to zero, of so many steps.
 TRIAL_STEPS, TRIAL_SHARE = (4, 12), 1 / 40
+
+
+def first_rate(lost: float, lora: bool) -> float:
+    """Where the range test begins, for a student whose fidelity is short of one by ``lost`` at the start; two digits.
+
+    >>> first_rate(0.2, lora=False), first_rate(0.04, lora=False), first_rate(0.0, lora=True)
+    (1e-05, 6.3e-06, 2.5e-05)
+    """
+    share = min(max(math.sqrt(max(lost, 0.0) / LOST), SHORTEST), 1.0)
+    return float(f"{FIRST_RATE * share * (LORA_TIMES if lora else 1.0):.1e}")
 
 
 def trial_steps(steps: int) -> int:
@@ -82,7 +96,7 @@ def found_rate(trainer: Trainer, steps: int, first: float) -> float:
 def _loss_after(trainer: Trainer, peak: float, steps: int) -> float:
     """The held-out loss after a short run, the mean over the patch sizes; infinite if the rate diverges."""
     optimizer = trainer.optimizer()
-    losses = [trainer.step(i, trainer.pool.row(i), optimizer, schedule.rate(i, steps, peak)) for i in range(steps)]
+    losses = [trainer.step(i, trainer.batches[i], optimizer, schedule.rate(i, steps, peak)) for i in range(steps)]
     found = math.inf
     if all(map(math.isfinite, losses)):
         looked = trainer.pair.look()

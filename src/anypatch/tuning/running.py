@@ -31,12 +31,12 @@ from anypatch.report.measurements import Sample
 from anypatch.report.progress import Progress, shown_progress
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
+from anypatch.tuning.batches import Batches
 from anypatch.tuning.checkpoint import Checkpoint, State
 from anypatch.tuning.data import Feed, Split, held_out_pixels, left_out, split
 from anypatch.tuning.distance import Fidelity, face
 from anypatch.tuning.labels import accuracy, missing
-from anypatch.tuning.learning_rate import FIRST_RATE, LORA_TIMES, found_rate
-from anypatch.tuning.pool import Pool
+from anypatch.tuning.learning_rate import first_rate, found_rate
 from anypatch.tuning.result import CARD, TuneResult
 from anypatch.tuning.training import Pair, Trainer, digest
 from anypatch.tuning.weights import kept
@@ -174,7 +174,7 @@ class Run:
         feed = Feed(self.opened.train, self.preprocess, self.asked.batch_size, self.asked.seed, self.workers,
                     self.team.rank, self.team.size)  # fmt: skip
         sizes = list(dict.fromkeys((pair.teacher.image_size, *(face.image_size for face in pair.faces.values()))))
-        trainer = Trainer(pair, Pool(feed, sizes, pair.teach), self.team, self.progress, self.notes)
+        trainer = Trainer(pair, Batches(feed, sizes, pair.teach), self.team, self.progress, self.notes)
         trainer.freeze_unreached()
         start = kept(pair.student)
         key = {**self.asked.key(), "images": self.opened.train.fingerprint(), "weights": digest(pair.student)}
@@ -277,12 +277,16 @@ class Run:
         if expected < 1:
             raise DataError(f"no time for one step: {max(self._left(), 0):.0f} s are left after two that were tried")
         rate, began = self.asked.learning_rate, time.monotonic()
-        times = 1.0 if self.asked.lora is None else LORA_TIMES
-        peak = found_rate(trainer, expected, FIRST_RATE * times) if rate == "auto" else float(rate)
+        trainer.begun = trainer.pair.look()
+        if rate == "auto":
+            lost = 1 - sum(found.mean for found in trainer.begun.values()) / len(trainer.begun)
+            lost = self.team.gather(lost)[0]  # all go on alike
+            peak = found_rate(trainer, expected, first_rate(lost, self.asked.lora is not None))
+        else:
+            peak = float(rate)
         if steps is None:
             share = 1 - (time.monotonic() - began) / max(self._left() + time.monotonic() - began, 1e-9)
             steps = min(self.team.gather(max(int(expected * share), 1)))
-        trainer.begun = trainer.pair.look()
         looked = {show(patch): found.mean for patch, found in trainer.begun.items()}
         return State(steps, peak, kept(student), curve=[(0, looked)])
 

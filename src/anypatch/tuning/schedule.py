@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 # AdamW without weight decay: the start is a solution already, and decay pulls away from it. A shorter memory of squares
 # than the usual 0.999 forgets the first steps' gradients within a run of some hundred steps.
 BETAS, EPSILON = (0.9, 0.99), 1e-8
@@ -19,8 +17,6 @@ PIXELS, DAMPING = 0.5, 0.05
 # Tokens between blocks that are compared with the teacher's: after these shares of the blocks, and the weight of their
 # distance beside the outputs'.
 INSIDE, INSIDE_WEIGHT = (1 / 4, 1 / 2, 3 / 4), 3.0
-ROUNDS = 3  # times that each crop is seen: what the teacher says of one costs nearly as much as a step with it
-POOL_BYTES = 2 * 2**30  # of crops and what the teacher says of them, all processes together
 WRITES = 10  # times that the state is written during a run
 LOOKS, LOOKS_SHARE = 10, 0.1  # times that the held-out images are looked at during a run, and the most that it may cost
 BACKWARD = 2.0  # times the cost of a forward pass
@@ -41,11 +37,6 @@ def rate(step: int, steps: int, peak: float) -> float:
 def decay(steps: int) -> float:
     """Of the moving average, for a run of so many steps."""
     return 1 - 1 / max(steps * AVERAGE, 1)
-
-
-def rows(steps: int) -> int:
-    """Batches of the pool that a run of so many steps makes."""
-    return max(math.ceil(steps / ROUNDS), 1)
 
 
 def looks(steps: int, look: float) -> int:

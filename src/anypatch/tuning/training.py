@@ -21,10 +21,10 @@ from anypatch.hosts.images import Features
 from anypatch.measure.processes import Team
 from anypatch.report.progress import Progress, duration
 from anypatch.tuning import schedule
+from anypatch.tuning.batches import Batch, Batches
 from anypatch.tuning.checkpoint import Checkpoint, State
 from anypatch.tuning.distance import Face, Fidelity, distances, fidelity
 from anypatch.tuning.learning_rate import FIRST_RATE
-from anypatch.tuning.pool import Batch, Pool
 from anypatch.tuning.said import Said
 from anypatch.tuning.weights import Weights, averaged, kept, put_back, put_mixed, trained
 from anypatch.tuning.whitening import Optimizer, Whitening, whitenings
@@ -121,7 +121,7 @@ class Trainer:
     """Steps of one run, which any number of processes share."""
 
     pair: Pair
-    pool: Pool
+    batches: Batches
     team: Team
     progress: Progress
     notes: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Trainer:
     def patch_at(self, step: int) -> Size:
         """The patch size of a step (FlexiViT draws one uniformly for each)."""
         sizes = list(self.pair.faces)
-        return sizes[int(np.random.default_rng([self.pool.feed.seed, 2, step]).integers(len(sizes)))]
+        return sizes[int(np.random.default_rng([self.batches.feed.seed, 2, step]).integers(len(sizes)))]
 
     def freeze_unreached(self) -> None:
         """Leave alone what no feature depends on, such as the text tower of a CLIP.
@@ -140,7 +140,7 @@ class Trainer:
         Raises:
             UnsupportedModelError: nothing can be trained.
         """
-        self._gradients(self.patch_at(0), self.pool.row(0), None, shared=False)
+        self._gradients(self.patch_at(0), self.batches[0], None, shared=False)
         reached = torch.tensor([float(p.grad is not None) for p in trained(self.pair.student).values()])
         self._summed([reached])
         for (_, parameter), found in zip(trained(self.pair.student).items(), reached.tolist(), strict=True):
@@ -175,7 +175,7 @@ class Trainer:
         count = torch.tensor([0.0 if batch is None else float(len(batch))], dtype=torch.float64)
         self._summed([count])
         if not count.item():
-            raise DataError(f"{self.pool.feed.images.name}: not one image of a batch can be read")
+            raise DataError(f"{self.batches.feed.images.name}: not one image of a batch can be read")
         total = torch.zeros(1, dtype=torch.float64)
         if batch is not None:
             loss = self.pair.losses(patch, batch).sum() / count.item()
@@ -208,37 +208,24 @@ class Trainer:
     # -- the number of steps ---------------------------------------------------------------------------------------
 
     def steps_within(self, seconds: float) -> int:
-        """How many steps there is time for, making the pool included, by the slowest process; 0 if for none.
+        """How many steps there is time for, making their batches included, by the slowest process; 0 if for none.
 
-        A row of the pool and a step are tried on the second of two, and the steps taken back.
+        A batch and a step are tried on the second of two, and the steps taken back.
         """
         start = kept(self.pair.student)
         optimizer = self.optimizer()
-        batches, times = [], []
+        times = []
         for number in range(2):
             began = time.perf_counter()
-            batches.append(self.pool.row(number + 1))
-            made = time.perf_counter()
-            self.step(number, batches[-1], optimizer, FIRST_RATE)
-            times.append((made - began, time.perf_counter() - made))
+            self.step(number, self.batches[number + 1], optimizer, FIRST_RATE)
+            times.append(max(self.team.gather(time.perf_counter() - began)))
         put_back(self.pair.student, start)
-        making, stepping = (max(self.team.gather(t)) for t in times[-1])
-        seconds -= sum(max(self.team.gather(sum(t))) for t in times)
-        rows = self.most_rows()
-        steps = int(seconds / (stepping + making / schedule.ROUNDS))
-        if schedule.rows(steps) > rows:
-            steps = int((seconds - rows * making) / stepping)
-        return max(steps, 0)
-
-    def most_rows(self) -> int:
-        """Of the pool, for which there is memory."""
-        sizes = self.team.gather(self.pool.sample_bytes())
-        return max(schedule.POOL_BYTES // max(max(sizes) * self.pool.feed.batch_size, 1), 1)
+        return max(int((seconds - sum(times)) / times[-1]), 0)
 
     def look_steps(self) -> float:
         """How many steps a look at the held-out images costs as much as: it has no backward passes, and every face."""
         images = sum(map(len, self.pair.held_out[self.pair.teacher.image_size]))
-        return images * len(self.pair.faces) / self.pool.feed.batch_size / (1 + schedule.BACKWARD)
+        return images * len(self.pair.faces) / self.batches.feed.batch_size / (1 + schedule.BACKWARD)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -251,11 +238,8 @@ class Trainer:
         look_every = math.ceil(state.steps / schedule.looks(state.steps, self.look_steps()))
         began, first = time.perf_counter(), state.step
         said = f"held-out fidelity {_mean(state.curve[-1][1]):.3f}"
-        rows = min(schedule.rows(state.steps), self.most_rows())
         for step in range(first, state.steps):
-            loss = self.step(
-                step, self.pool.batch(step, rows), optimizer, schedule.rate(step, state.steps, state.peak), scaler
-            )
+            loss = self.step(step, self.batches[step], optimizer, schedule.rate(step, state.steps, state.peak), scaler)
             if not math.isfinite(loss):
                 self.notes.append(f"the learning rate {state.peak:g} diverges: stopped at step {step} of {state.steps}")
                 break
