@@ -23,6 +23,7 @@ from anypatch import CheckpointError
 from anypatch.files.configs import MAX_NESTING, read_config
 from anypatch.files.reading import read
 from builders import transformers_model
+from tests.files.fuzzing import forget_peak, peak
 
 MARK = "opened"
 
@@ -123,6 +124,16 @@ def test_a_good_directory_of_timm_loads(place: Path) -> None:
 def test_timm(place: Path, config: dict[str, Any], match: str) -> None:
     text = json.loads(json.dumps(config).replace('"evil', f'"{place}/evil'))
     _refused(_timm(place, text), match)
+
+
+@pytest.mark.parametrize(("name", "value"), [("patch_size", 800), ("img_size", 12_800)])
+def test_timm_resamples_no_file_to_sizes_of_a_configuration(place: Path, name: str, value: int) -> None:
+    """Half a gigabyte for the patch, and as much for the positions, on the word of a file of one megabyte."""
+    folder = _timm(place, {"model_args": {"img_size": 32, "patch_size": 8, name: value}})
+    before = forget_peak()
+    with pytest.raises(CheckpointError, match=r"more than all \d+ values of the file"):
+        anypatch.convert(folder, place / "out", 4)
+    assert peak() - before < 64 << 20
 
 
 @pytest.mark.parametrize(

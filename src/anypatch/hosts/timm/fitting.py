@@ -103,6 +103,7 @@ def converted(
         tensors = {n: t for n, t in tensors.items() if not n.startswith(("decoder_", "mask_token"))}
     if convert is None:
         return tensors
+    _require_no_growth(model, checkpoint, arch)
     try:
         with torch.no_grad():
             try:
@@ -124,6 +125,21 @@ def converted(
         if tensor.untyped_storage().data_ptr() != before.untyped_storage().data_ptr():  # no slice of it: resampled
             raise CheckpointError(_misread(checkpoint, arch, name, before, tensor))
     return {name: tensor.detach() for name, tensor in result.items() if isinstance(tensor, Tensor)}
+
+
+def _require_no_growth(model: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
+    """timm's converters resample to whatever a configuration says, which may be any amount of memory.
+
+    Raises:
+        CheckpointError: a tensor that they could make so has more values than the whole file.
+    """
+    held = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    for name, tensor in model.state_dict().items():
+        if layouts.follows_geometry(name) and tensor.numel() > held:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {arch}: {name} has shape {tuple(tensor.shape)} in the model, which is "
+                f"more than all {held} values of the file"
+            )
 
 
 def _misread(checkpoint: Checkpoint, arch: str, name: str, stored: Tensor, taken: Tensor) -> str:
