@@ -169,6 +169,11 @@ def on_grid(subject: Subject, tokens: Tensor, pixels: Tensor) -> Tensor:
     )
 
 
+def pooled_of(subject: Subject, tokens: Tensor, patches: Tensor) -> Tensor:
+    """What stands for the whole image where no layer pools: the class token, or else the mean of the patches."""
+    return tokens[:, 0] if tokens.dim() == 3 and subject.geometry.prefix_tokens else patches.mean((1, 2))
+
+
 @contextlib.contextmanager
 def captured(module: nn.Module, method: str | None = None) -> Iterator[list[Any]]:
     """The outputs of a module's forward, or of one of its methods, while the block runs."""

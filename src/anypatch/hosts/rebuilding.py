@@ -14,12 +14,12 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.files.tensors import Shapes, difference, shapes_of, stored_shapes
 
 ADVICE = "save its state_dict instead, and adapt a fresh model before loading it"
-# Layers that do nothing at inference: one may stand for another.
 # Plain values of attention and windows, beside what torch itself calls a layer's constants; those that do nothing to
 # values at inference, or that a library sets by what the machine has.
 CONSTANTS = ("eps", "num_heads", "num_attention_heads", "head_dim", "scale", "scaling", "window_size", "shift_size")
 IDLE_CONSTANTS = frozenset(("inplace", "p", "prob", "drop_prob", "training", "fused_attn", "scale_by_keep"))
 PLAIN = (int, float, str, bool, list, tuple)
+# Layers that do nothing at inference: one may stand for another.
 IDLE = ("Identity", "Dropout", "DropPath", "PatchDropout", "StochasticDepth")
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import anypatch
+from anypatch import DataError
+from anypatch.measure.zeroshot import text_features
 from hub_models import (
     Attention,
     Block,
@@ -529,3 +531,11 @@ def test_a_table_that_was_changed_since_is_looked_at_anew():
     anypatch.adapt(model, image_size=(32, 48))
     model.pos_embed = nn.Parameter(torch.randn(1, 50, 24))
     assert anypatch.geometry(model).image_size == (56, 56)
+
+
+def test_class_names_need_the_tokenizer_of_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Dino()
+    model.encode_text = nn.Identity()
+    monkeypatch.setitem(sys.modules, "open_clip.tokenizer", None)
+    with pytest.raises(DataError, match=r"pip install 'anypatch\[open-clip\]'"):
+        text_features(model, ["a cat"], None)

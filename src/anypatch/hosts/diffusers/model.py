@@ -17,6 +17,7 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Example
 from anypatch.hosts.folders import is_format
 from anypatch.hosts.rebuilding import require_rebuilds
+from anypatch.hosts.vetting import WHERE
 
 NAME = "diffusers"
 
@@ -27,6 +28,8 @@ ORDERS = (
     (r"DiTTransformer2D", r"^proj_out_2\.", "h w c"),
     (r"SD3Transformer2D|PixArtTransformer2D", r"^proj_out\.", "h w c"),
 )
+# Arguments of `from_pretrained` that say where a model is, not what it is.
+HUB = (*WHERE, "subfolder", "force_download")
 GRID = 4  # patches on a side, for models that take any size
 
 
@@ -154,10 +157,6 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
     if kind is None:
         raise UnsupportedModelError(f"diffusers has no class {config.get('_class_name')!r}, which {name} names")
     return kind.from_config({**config, **host_kwargs}).eval()
-
-
-# Arguments of `from_pretrained` that say where a model is, not what it is.
-HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 
 
 def repository(name: str) -> tuple[str, str] | None:

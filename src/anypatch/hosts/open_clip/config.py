@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def _name_timm_tower(model: nn.Module, cfg: dict[str, Any], directory: Path) -> 
     architecture = trunk.pretrained_cfg["architecture"]
     cfg["vision_cfg"]["timm_model_name"] = architecture
     try:
-        twin = empty(lambda: construct(model, cfg))
+        twin = empty(lambda: construct(cfg))
         same = trunks.subject(twin.get_submodule("visual.trunk")).geometry == trunks.subject(trunk).geometry
     except Exception:
         same = False
@@ -228,11 +229,21 @@ def _name_timm_tower(model: nn.Module, cfg: dict[str, Any], directory: Path) -> 
     cfg["vision_cfg"]["timm_model_name"] = f"{LOCAL}{tower}"
 
 
-def construct(model: nn.Module, cfg: dict[str, Any]) -> nn.Module:
-    import open_clip
+def construct(cfg: Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """A model of a configuration, as ``open_clip.create_model`` constructs it: without its log, or weights of towers.
 
-    arguments = {k: copy.deepcopy(v) for k, v in cfg.items() if k != "custom_text"}
-    if "hf_model_name" in arguments["text_cfg"]:
-        arguments["text_cfg"]["hf_model_pretrained"] = False
-    name = next(n for n in ("CoCa", "CustomTextCLIP", "CLIP") if is_a(model, n))
-    return getattr(open_clip, name)(**arguments)
+    Args:
+        cfg: the configuration.
+        **overrides: what takes the place of its entries.
+    """
+    from open_clip import CLIP, CoCa, CustomTextCLIP
+
+    cfg = {**copy.deepcopy(dict(cfg)), **overrides}
+    text, vision = cfg.get("text_cfg"), cfg.get("vision_cfg")
+    custom = cfg.pop("custom_text", False)
+    if isinstance(text, dict) and "hf_model_name" in text:
+        custom, text["hf_model_pretrained"] = True, False
+    if isinstance(vision, dict) and "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    kind = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
+    return kind(**cfg)

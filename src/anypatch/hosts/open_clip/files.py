@@ -187,7 +187,7 @@ def save(model: nn.Module, directory: Path, final: Path, name: str | None = None
         raise UnsupportedModelError("a bare image tower has no format in open_clip: save the whole model")
     cfg = model_config(model, directory, name)
     save_file(contiguous(model, "open_clip's model"), directory / WEIGHTS)
-    require_rebuilds(directory, model, lambda: construct(model, cfg), "open_clip's model")
+    require_rebuilds(directory, model, lambda: construct(cfg), "open_clip's model")
     staged, named = f"{LOCAL}{directory / TOWER}", cfg["vision_cfg"]
     if named.get("timm_model_name") == staged:
         cfg["vision_cfg"] = {**named, "timm_model_name": f"{LOCAL}{final.resolve() / TOWER}"}

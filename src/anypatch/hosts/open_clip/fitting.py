@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
 from anypatch.files.tensors import assign, compared, rooted_for, shapes
 from anypatch.hosts.base import plain, unknown
-from anypatch.hosts.open_clip.config import LOCAL, REMEMBERED
+from anypatch.hosts.open_clip.config import LOCAL, REMEMBERED, construct
 from anypatch.hosts.open_clip.safety import require_no_code, require_safe
 
 
@@ -48,6 +47,7 @@ def from_config(cfg: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointError: the file does not fit the configuration, or no model can be built from it.
     """
+    _require_no_code(cfg)
     try:
         model = empty(lambda: construct(cfg))
     except Exception as error:
@@ -55,27 +55,6 @@ def from_config(cfg: dict[str, Any], checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.path.parent}: open_clip cannot build the model of its configuration ({error})"
         ) from error
     return assign(model, renamed(model, checkpoint, "open_clip"), checkpoint, "open_clip")
-
-
-def construct(cfg: Mapping[str, Any], **overrides: Any) -> nn.Module:
-    """A model of a configuration, as ``open_clip.create_model`` constructs it: without its log, or weights of towers.
-
-    Args:
-        cfg: the configuration.
-        **overrides: what takes the place of its entries.
-    """
-    from open_clip import CLIP, CoCa, CustomTextCLIP
-
-    cfg = {**copy.deepcopy(dict(cfg)), **overrides}
-    text, vision = cfg.get("text_cfg"), cfg.get("vision_cfg")
-    custom = cfg.pop("custom_text", False)
-    if isinstance(text, dict) and "hf_model_name" in text:
-        require_no_code(text["hf_model_name"])
-        custom, text["hf_model_pretrained"] = True, False
-    if isinstance(vision, dict) and "timm_model_name" in vision:
-        vision["timm_model_pretrained"] = False
-    kind = CoCa if "multimodal_cfg" in cfg else CustomTextCLIP if custom else CLIP
-    return kind(**cfg)
 
 
 def build_for(name: str, native: layouts.Native, host_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -91,6 +70,7 @@ def build_for(name: str, native: layouts.Native, host_kwargs: Mapping[str, Any])
     cfg = open_clip.get_model_config(name)
     if cfg is None:
         raise unknown("open_clip", name, open_clip.list_models())
+    _require_no_code(cfg)
     vision = cfg["vision_cfg"]
     if "timm_model_name" not in vision and native.patch is not None:
         vision["patch_size"] = native.patch[0]
@@ -104,6 +84,13 @@ def build_for(name: str, native: layouts.Native, host_kwargs: Mapping[str, Any])
     model: Any = empty(lambda: construct(cfg, **host_kwargs))
     set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), "size": model.visual.image_size})
     return model
+
+
+def _require_no_code(cfg: Mapping[str, Any]) -> None:
+    """As :func:`require_no_code`, of the text tower that a configuration names, if it names one."""
+    text = cfg.get("text_cfg")
+    if isinstance(text, dict) and "hf_model_name" in text:
+        require_no_code(text["hf_model_name"])
 
 
 def renamed(model: Any, checkpoint: Checkpoint, arch: str) -> dict[str, Tensor]:

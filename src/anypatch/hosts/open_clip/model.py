@@ -179,6 +179,3 @@ def _pool_size(pool: Any, current: Geometry, target: Geometry) -> Size:
             f'no whole number of them: use keep="grid" or a grid in proportion'
         )
     return tuple(f * n // o for f, n, o in zip(old, target.grid, current.grid, strict=True))
-
-
-# -- saving ----------------------------------------------------------------------------------------------------

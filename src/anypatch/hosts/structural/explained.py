@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from anypatch.core.geometry import Geometry, show
 from anypatch.errors import GeometryError, UnsupportedModelError
+from anypatch.hosts.base import ancestors
 from anypatch.hosts.structural.following import counts, ints
 from anypatch.hosts.structural.layout import Layout
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
     TIME,
     all_tensors,
-    ancestors,
     enumerates,
     is_relative,
     position_tensors,

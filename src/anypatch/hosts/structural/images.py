@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anypatch.core.twins import Subject
 from anypatch.errors import DataError, UnsupportedModelError
-from anypatch.hosts.images import Encode, Features, Preprocess, on_grid
+from anypatch.hosts.images import Encode, Features, Preprocess, on_grid, pooled_of
 
 
 def preprocess(subject: Subject, source: str | None = None) -> Preprocess:
@@ -39,21 +39,22 @@ def features(subject: Subject, pixels: Tensor) -> Features:
         patches = on_grid(subject, tokens["x_norm_patchtokens"], pixels)
         return Features(tokens["x_norm_clstoken"], patches)
     patches = on_grid(subject, tokens, pixels)
-    pooled = tokens[:, 0] if tokens.dim() == 3 and subject.geometry.prefix_tokens else patches.mean((1, 2))
-    return Features(pooled, patches)
+    return Features(pooled_of(subject, tokens, patches), patches)
 
 
 def tokenize(subject: Subject, texts: Sequence[str], source: str | None = None) -> Encode:
     """For models with CLIP's ``encode_text``, by CLIP's own tokenizer (open_clip carries it).
 
     Raises:
-        DataError: the model has no text tower.
+        DataError: the model has no text tower, or open_clip is not installed.
     """
     model: Any = subject.model
     if not hasattr(model, "encode_text"):
         raise DataError(f"class names are for models with a text tower, such as CLIP; {type(model).__name__} has none")
-    from open_clip.tokenizer import SimpleTokenizer
-
+    try:
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError as error:
+        raise DataError(f"class names need CLIP's tokenizer: pip install 'anypatch[open-clip]' ({error})") from error
     tokens = SimpleTokenizer(context_length=int(getattr(model, "context_length", 77)))(list(texts))
 
     def encode(towers: Any) -> Tensor:

@@ -12,10 +12,12 @@ from anypatch.core.geometry import Size
 
 
 def padding_of(conv: Any) -> tuple[int, ...]:
+    """Pixels that a convolution adds on each axis; of "same", whose number the input decides, one stands for any."""
     return () if conv.padding == "valid" else (1,) if isinstance(conv.padding, str) else tuple(conv.padding)
 
 
 def block_of(module: Any) -> Size:
+    """(height, width) of the block that a layer makes one place of, or one place a block of."""
     if isinstance(module, nn.PixelShuffle):
         return (module.upscale_factor,) * 2
     if isinstance(module, nn.PixelUnshuffle):
@@ -39,6 +41,7 @@ def layer_before(path: str, extras: Iterable[Extra]) -> tuple[str, nn.Module] | 
 
 
 def enlarges(module: nn.Module) -> float:
+    """By what factor a layer enlarges the sides of a map; 1 of all others."""
     if isinstance(module, nn.PixelShuffle):
         return float(module.upscale_factor)
     if isinstance(module, nn.ConvTranspose2d):

@@ -25,9 +25,7 @@ from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Host
 from anypatch.hosts.structural.layout import NAME, layout_of
-from anypatch.hosts.structural.tables import (
-    CONVOLUTIONS,
-)
+from anypatch.hosts.structural.tables import CONVOLUTIONS
 from anypatch.hosts.structural.twin import build_twin
 
 

@@ -129,6 +129,11 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def require_vit(model: nn.Module, stem: str, tables: tuple[Table, ...]) -> None:
+    """A convolution that cuts patches is a ViT's where positions or attention follow: ConvNeXt's is none.
+
+    Raises:
+        UnsupportedModelError: nothing of the kind follows.
+    """
     if tables or EMBEDDING.search(stem):
         return
     for path, module in model.named_modules():

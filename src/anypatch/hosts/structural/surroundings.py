@@ -28,6 +28,7 @@ from anypatch.hosts.structural.following import TELLING, counts
 from anypatch.hosts.structural.holdings import holdings
 from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
 from anypatch.hosts.structural.neighbours import OF_IMAGES, reads_text, widths_of
+from anypatch.hosts.structural.stems import PIXEL_CHANNELS
 from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enumerates, explain, resampled, table_shape
 from anypatch.hosts.structural.values import Values, numbers_tokens
 
@@ -35,7 +36,6 @@ POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BLOCKS = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
-PIXEL_CHANNELS = 4  # what an image has at most, unless the stem itself reads more
 WORD = re.compile(r"\w+")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 

@@ -25,13 +25,20 @@ CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Table:
-    """A position table: its module's path and name, its grid axes or its token axis, and tokens before the grid."""
+    """A position table.
+
+    Attributes:
+        path, name: of its module, and in it.
+        axes: those of the grid, or the one of the tokens.
+        prefix: entries before those of the grid; -1 where they are of relative positions.
+        spatial: whether it is over the height and width of a video's grid alone.
+    """
 
     path: str
     name: str
     axes: Size
     prefix: int = 0
-    spatial: bool = False  # over the height and width of a video's grid
+    spatial: bool = False
 
     @property
     def full(self) -> str:
@@ -53,6 +60,7 @@ def all_tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, T
 
 
 def position_tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """Those of :func:`all_tensors` that are named like a table of positions, rotary ones left out."""
     for path, name, tensor in all_tensors(model, below):
         owner = model.get_submodule(path)
         if isinstance(owner, nn.Embedding):
@@ -79,10 +87,12 @@ def find_tables(model: nn.Module, stem: str, geometry: Geometry) -> tuple[str, t
 
 
 def within(path: str, part: str) -> bool:
+    """Whether a module is in a part of the model; "" is the whole."""
     return not part or path == part or path.startswith(f"{part}.")
 
 
 def explain(path: str, name: str, tensor: Tensor, geometry: Geometry) -> Table | None:
+    """The table that a tensor is by its shape, if the grid explains one."""
     grid = geometry.grid
     assert grid is not None
     shape = tuple(tensor.shape)
@@ -104,6 +114,7 @@ def explain(path: str, name: str, tensor: Tensor, geometry: Geometry) -> Table |
 
 
 def table_shape(table: Table, shape: Size, geometry: Geometry) -> Size:
+    """The shape of a table at another geometry."""
     assert geometry.grid is not None
     new = list(shape)
     if table.prefix < 0:  # relative, one axis

@@ -18,6 +18,7 @@ from anypatch.hosts.base import plain, unknown
 from anypatch.hosts.folders import is_format
 from anypatch.hosts.opened import Opened, as_json, changed_tensors, dump, merged
 from anypatch.hosts.rebuilding import contiguous, require_rebuilds
+from anypatch.hosts.timm.classifier import head_names
 from anypatch.hosts.timm.facts import row
 from anypatch.hosts.timm.fitting import fit
 from anypatch.hosts.timm.inference import candidates
@@ -163,13 +164,11 @@ def _with_depth(model: Any) -> Any:
 
 def _with_classes(model: Any) -> Any:
     """The model as its configuration has to describe it: with the number of classes that its head has."""
-    names = model.pretrained_cfg.get("classifier") or ()
     core = core_of(model)
     if core is not model or not isinstance(getattr(model, "num_classes", None), int):
         return model
     counts = set()
-    for name in [names] if isinstance(names, str) else names:
-        path = name
+    for path in head_names(model):
         while path and core.get_submodule(path.rpartition(".")[0])._modules.get(path.rpartition(".")[2]) is None:
             path = path.rpartition(".")[0]  # the head around the classifier was replaced
         head = core.get_submodule(path) if path else None

@@ -83,6 +83,7 @@ def _require_fits(model: Any, stored: Mapping[str, Tensor], checkpoint: Checkpoi
 
 
 def fits_npz(model: Any, checkpoint: Checkpoint, native: layouts.Native) -> bool:
+    """Whether a model has the heads, widths and tables that a file in Google's layout is for."""
     prefix = str(native.kernel).removesuffix("embedding/kernel")
     stored = {n[len(prefix) :]: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
     query = next((t for n, t in stored.items() if re.match(r"Transformer/enc\w+/MultiHead\w+/query/kernel", n)), None)

@@ -1,6 +1,6 @@
 """What reaches into timm's private parts, all of it here.
 
-Tried on timm 1.0.31, and on 1.0.26, the lowest. What is read: the records that ``create_model`` keeps (``_model_args``
+Tried on timm 1.0.31, the lowest. What is read: the records that ``create_model`` keeps (``_model_args``
 and ``_traits``), the variables of ``build_model_with_cfg`` at work, the class of its feature extractors, and
 ``models._hub``. Nothing of timm is exchanged to see or change what it does: other threads build their models meanwhile.
 """

@@ -36,8 +36,6 @@ ARGUMENTS = frozenset((
     "image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim", "dropout", "attention_dropout",
     "num_classes", "representation_size", "embed_dim", "depths", "window_size", "mlp_ratio", "stochastic_depth_prob",
 ))  # fmt: skip
-
-
 CLASSES = {
     "block": ("SwinTransformerBlock", "SwinTransformerBlockV2"),
     "downsample_layer": ("PatchMerging", "PatchMergingV2"),
@@ -165,12 +163,9 @@ def build_for(name: str, tensors: Mapping[str, Any], host_kwargs: Mapping[str, A
     Raises:
         UnsupportedModelError: torchvision knows no such model.
     """
-    from torchvision.models import get_model, get_model_builder, list_models
+    from torchvision.models import get_model
 
-    try:
-        get_model_builder(name)
-    except (KeyError, ValueError):
-        raise unknown("torchvision", name, list_models()) from None
+    _require_known(name)
     native = layouts.native(tensors)
     arguments: dict[str, Any] = {}
     if native.image is not None:
@@ -186,9 +181,7 @@ def build_for(name: str, tensors: Mapping[str, Any], host_kwargs: Mapping[str, A
 
 def candidates(checkpoint: Checkpoint) -> Iterator[str]:
     """torchvision's models that hold exactly the file's tensors."""
-    from torchvision.models import list_models
-
-    for name in list_models():
+    for name in names():
         if not name.startswith(("vit_", "swin_")):
             continue
         try:

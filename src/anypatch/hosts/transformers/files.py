@@ -21,14 +21,16 @@ from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import plain_state, require_rebuilds
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import candidates, fit
-from anypatch.hosts.transformers.model import make, subject
+from anypatch.hosts.transformers.model import NAME, make, subject
 from anypatch.hosts.transformers.opening import open_folder
 from anypatch.hosts.transformers.quantised import packed_layers
 from anypatch.hosts.transformers.safety import is_adapter, require_model, require_no_adapter, require_safe_source
+from anypatch.hosts.vetting import WHERE
 
 __all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
 
-NAME = "transformers"
+# Arguments of `from_pretrained` that say where a model is, not what it is.
+HUB = (*WHERE, "trust_remote_code", "subfolder", "force_download")
 # What configurations call the number of layers of their one stack.
 DEPTHS = ("num_hidden_layers", "num_layers", "depth")
 
@@ -118,9 +120,6 @@ def _saved_class(config: Any) -> Any:
 
     names = getattr(config, "architectures", None) or []
     return getattr(transformers, names[0], None) if names else None
-
-
-HUB = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code", "subfolder", "force_download")
 
 
 def repository(name: str) -> tuple[str, str] | None:
@@ -253,7 +252,7 @@ def _source(model: nn.Module) -> tuple[Path | None, Geometry | None]:
         return folder, old
     from huggingface_hub import snapshot_download
 
-    about = {k: v for k, v in about.items() if k in ("revision", "cache_dir", "token", "local_files_only")}
+    about = {k: v for k, v in about.items() if k in WHERE}
     with contextlib.suppress(Exception):  # no such repository, or no network: then what the cache holds is all there is
         return Path(snapshot_download(name, allow_patterns=list(FORMATS[NAME].beside), **about)), old
     with contextlib.suppress(Exception):

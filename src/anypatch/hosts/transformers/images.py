@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anypatch.core.twins import Subject
 from anypatch.errors import DataError, UnsupportedModelError
-from anypatch.hosts.images import IMAGENET, Classes, Encode, Features, Preprocess, captured, on_grid
+from anypatch.hosts.images import IMAGENET, Classes, Encode, Features, Preprocess, captured, on_grid, pooled_of
 
 
 def preprocess(subject: Subject, source: str | None = None) -> Preprocess:
@@ -112,8 +112,7 @@ def features(subject: Subject, pixels: Tensor) -> Features:
     if pooled is None and "siglip" in str(getattr(model.config, "model_type", "")):
         pooled = getattr(seen[-1], "pooler_output", None)
     if pooled is None:
-        has_class_token = hidden.dim() == 3 and subject.geometry.prefix_tokens > 0
-        pooled = hidden[:, 0] if has_class_token else patches.mean((1, 2))
+        pooled = pooled_of(subject, hidden, patches)
     return Features(pooled, patches, logits if isinstance(logits, Tensor) and logits.dim() == 2 else None)
 
 
@@ -136,8 +135,7 @@ def _of_tower(subject: Subject, pixels: Tensor) -> Features:
         ) from error
     hidden = _hidden(output)
     patches = on_grid(subject, hidden, pixels)
-    has_class_token = hidden.dim() == 3 and subject.geometry.prefix_tokens > 0
-    return Features(hidden[:, 0] if has_class_token else patches.mean((1, 2)), patches)
+    return Features(pooled_of(subject, hidden, patches), patches)
 
 
 def _hidden(output: Any) -> Tensor:
