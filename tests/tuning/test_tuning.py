@@ -36,7 +36,7 @@ from anypatch.tuning.data import Feed, split
 from anypatch.tuning.distance import Fidelity, distances
 from anypatch.tuning.mixing import random_box
 from anypatch.tuning.said import Said
-from anypatch.tuning.training import Trainer, digest
+from anypatch.tuning.training import Pair, Trainer, digest
 
 OPTIONS: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "device": "cpu", "progress": False}
 
@@ -747,6 +747,28 @@ def test_two_processes_share_a_batch_and_one_that_begins_later_makes_the_same(ph
             assert half is not None
             assert torch.equal(every.crops[32, 32][rank::2], half.crops[32, 32])
             assert torch.equal(every.said.features.patches[rank::2], half.said.features.patches)
+
+
+def test_what_is_lost_at_each_patch_size_counts_as_a_share_of_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[tuple[str, float, float]] = []
+    one, alone = Trainer.step, Pair.losses
+
+    def step(self: Trainer, number: int, batch: Any, *rest: Any) -> float:
+        patch = self.patch_at(number)
+        with torch.no_grad():
+            mean = alone(self.pair, patch, batch).mean().item()
+        found = one(self, number, batch, *rest)
+        losses.append((f"{patch[0]}x{patch[1]}", mean, found))
+        return found
+
+    monkeypatch.setattr(Trainer, "step", step)
+    result = anypatch.tune(vit(), images=photos, patch_size=(4, 8, 16), steps=12, learning_rate=1e-5, **OPTIONS)
+    lost = {patch: 1 - found for patch, found in result.curve[0][1].items()}
+    mean = sum(lost.values()) / 3
+    assert {patch for patch, *_ in losses} == {"4x4", "8x8", "16x16"}
+    for patch, plain, weighted in losses:
+        expected = 4.0 if patch == "4x4" else min(mean / lost[patch], 4.0)
+        assert weighted == pytest.approx(expected * plain, rel=1e-3, abs=1e-6), patch
 
 
 def test_result_and_report(photos: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from anypatch.core.geometry import show
 from anypatch.tuning import schedule
 from anypatch.tuning.weights import kept, put_back
 
@@ -30,7 +31,8 @@ TRIAL_STEPS, TRIAL_SHARE = (4, 12), 1 / 40
 
 
 def first_rate(lost: float, lora: bool) -> float:
-    """Where the range test begins, for a student whose fidelity is short of one by ``lost`` at the start; two digits.
+    """Where the range test begins, for a student whose fidelity is short of one by ``lost`` at the start, at the patch
+    size that loses least; two digits.
 
     >>> first_rate(0.2, lora=False), first_rate(0.04, lora=False), first_rate(0.0, lora=True)
     (1e-05, 6.3e-06, 2.5e-05)
@@ -100,5 +102,6 @@ def _loss_after(trainer: Trainer, peak: float, steps: int) -> float:
     found = math.inf
     if all(map(math.isfinite, losses)):
         looked = trainer.pair.look()
-        found = sum(f.loss for f in looked.values()) / len(looked)
+        weights = [trainer.balance.get(show(patch), 1.0) for patch in looked]
+        found = sum(f.loss * weight for f, weight in zip(looked.values(), weights, strict=True)) / len(looked)
     return trainer.team.gather(found if math.isfinite(found) else math.inf)[0]  # all go on alike

@@ -29,6 +29,7 @@ from anypatch.measure.processes import Team, decoding_workers
 from anypatch.report.colours import shared_colours
 from anypatch.report.measurements import Sample
 from anypatch.report.progress import Progress, shown_progress
+from anypatch.tuning import schedule
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.batches import Batches
@@ -278,16 +279,18 @@ class Run:
             raise DataError(f"no time for one step: {max(self._left(), 0):.0f} s are left after two that were tried")
         rate, began = self.asked.learning_rate, time.monotonic()
         trainer.begun = trainer.pair.look()
+        looked = {show(patch): found.mean for patch, found in trainer.begun.items()}
+        looked = self.team.gather(looked)[0]  # all go on alike
+        trainer.balance = schedule.balance(looked)
         if rate == "auto":
-            lost = 1 - sum(found.mean for found in trainer.begun.values()) / len(trainer.begun)
-            lost = self.team.gather(lost)[0]  # all go on alike
+            native = show(self.native.patch_size)
+            lost = min([1 - found for patch, found in looked.items() if patch != native], default=0.0)
             peak = found_rate(trainer, expected, first_rate(lost, self.asked.lora is not None))
         else:
             peak = float(rate)
         if steps is None:
             share = 1 - (time.monotonic() - began) / max(self._left() + time.monotonic() - began, 1e-9)
             steps = min(self.team.gather(max(int(expected * share), 1)))
-        looked = {show(patch): found.mean for patch, found in trainer.begun.items()}
         return State(steps, peak, kept(student), curve=[(0, looked)])
 
     def _left(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # AdamW without weight decay: the start is a solution already, and decay pulls away from it. A shorter memory of squares
 # than the usual 0.999 forgets the first steps' gradients within a run of some hundred steps.
 BETAS, EPSILON = (0.9, 0.99), 1e-8
@@ -20,6 +22,7 @@ INSIDE, INSIDE_WEIGHT = (1 / 4, 1 / 2, 3 / 4), 3.0
 WRITES = 10  # times that the state is written during a run
 LOOKS, LOOKS_SHARE = 10, 0.1  # times that the held-out images are looked at during a run, and the most that it may cost
 BACKWARD = 2.0  # times the cost of a forward pass
+MOST = 4.0  # weight of one patch size beside the others': the native one has lost nothing, and may lose little
 
 
 def rate(step: int, steps: int, peak: float) -> float:
@@ -32,6 +35,19 @@ def rate(step: int, steps: int, peak: float) -> float:
     if step < rising:
         return peak * (step + 1) / rising
     return peak * (steps - step) / max(steps - rising, 1)
+
+
+def balance(fidelity: Mapping[str, float]) -> dict[str, float]:
+    """The weight of each patch size's loss, from its fidelity at the start: what is lost counts as a share of it.
+
+    Otherwise those that lost most decide alone, and those near the native one, with least to win, become worse.
+
+    >>> {patch: round(weight, 2) for patch, weight in balance({"14x14": 1.0, "16x16": 0.96, "32x32": 0.84}).items()}
+    {'14x14': 4.0, '16x16': 1.67, '32x32': 0.42}
+    """
+    lost = {patch: max(1 - found, 0.0) for patch, found in fidelity.items()}
+    mean = sum(lost.values()) / len(lost)
+    return {patch: MOST if mean >= MOST * part else mean / part for patch, part in lost.items()}
 
 
 def decay(steps: int) -> float:

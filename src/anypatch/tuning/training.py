@@ -128,6 +128,7 @@ class Trainer:
     whitened: dict[nn.Parameter, Whitening] | None = None
     begun: dict[Size, Fidelity] | None = None  # fidelity at the start, once it is looked at
     ended: dict[Size, Fidelity] | None = None  # and after the last step
+    balance: dict[str, float] = field(default_factory=dict)  # weights of the patch sizes' losses; each 1 if not given
 
     def patch_at(self, step: int) -> Size:
         """The patch size of a step (FlexiViT draws one uniformly for each)."""
@@ -178,7 +179,7 @@ class Trainer:
             raise DataError(f"{self.batches.feed.images.name}: not one image of a batch can be read")
         total = torch.zeros(1, dtype=torch.float64)
         if batch is not None:
-            loss = self.pair.losses(patch, batch).sum() / count.item()
+            loss = self.pair.losses(patch, batch).sum() / count.item() * self.balance.get(show(patch), 1.0)
             total += loss.item()
             (loss if scaler is None else scaler.scale(loss)).backward()
         self._summed([total])
@@ -234,6 +235,7 @@ class Trainer:
         optimizer = self.optimizer()
         scaler = torch.amp.GradScaler(self.pair.device.type, enabled=self.pair.precision == "fp16")
         state.restore(self.pair.student, optimizer, scaler)
+        self.balance = schedule.balance(state.curve[0][1])
         decay, every = schedule.decay(state.steps), max(math.ceil(state.steps / schedule.WRITES), 1)
         look_every = math.ceil(state.steps / schedule.looks(state.steps, self.look_steps()))
         began, first = time.perf_counter(), state.step
