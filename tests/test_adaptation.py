@@ -266,6 +266,43 @@ def test_modules_to_save_are_adapted_with_the_original() -> None:
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 
+@pytest.mark.parametrize("ask", [{"image_size": 96}, {"patch_size": 8}])
+def test_modules_to_save_inside_one_another_are_adapted_with_their_originals(ask: dict[str, int]) -> None:
+    """``embeddings`` fits patch_embeddings, too: PEFT puts a wrapper of it beside those of the module around it."""
+    peft = pytest.importorskip("peft")
+
+    def build(image: int = 64, patch: int = 16) -> Any:
+        return transformers_model(image_size=image, patch_size=patch)
+
+    def grown(table: torch.Tensor) -> torch.Tensor:
+        grid = table[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+        return torch.cat([table[:, :1], grid.flatten(2).mT], 1)
+
+    inner = build()
+    model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embeddings"]))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    plain = copy.deepcopy(model).merge_and_unload().state_dict()
+    before = copy.deepcopy(model)
+    anypatch.adapt(model, **ask)
+    image, patch = ask.get("image_size", 64), ask.get("patch_size", 16)
+    side = image // patch
+    assert all(p.shape[-1] == patch for n, p in model.named_parameters() if n.endswith("projection.weight"))
+    table = "embeddings.position_embeddings"
+    direct = build(image, patch)
+    kernel = "embeddings.patch_embeddings.projection.weight"
+    resized = anypatch.resize_kernel(plain[kernel], patch)
+    direct.load_state_dict({**plain, table: grown(plain[table]), kernel: resized})
+    pixels = torch.randn(1, 3, image, image)
+    assert_close(model(pixels)[0], direct(pixels)[0], rtol=1e-4, atol=1e-5)
+    wrapper, old = model.get_base_model().embeddings, before.get_base_model().embeddings
+    original = old.original_module.position_embeddings
+    assert_close(wrapper.original_module.position_embeddings, grown(original), rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert model(pixels)[0].shape[1] == side**2 + 1
+
+
 def clip_tower() -> nn.Module:
     return transformers_model("CLIPVision", image_size=64, patch_size=16)
 

@@ -89,10 +89,11 @@ class Account:
             if not isinstance(edit, CacheEdit):
                 require_open(edit.full, self.places[edit.path].layers)
         self._changing = {(e.path, e.name): e for e in edits if isinstance(e, ParameterEdit)}
+        standing = {id(layer) for place in self.places.values() for layer in place.layers}
         for edit in self._changing.values():
             for live in self.places[edit.path].layers:
                 tensor_of(live, edit.name, edit.full)
-            _require_exact_adapters(edit, self.places[edit.path])
+            _require_exact_adapters(edit, self.places[edit.path], standing)
 
     def widths(self) -> frozenset[int]:
         """Sizes of tensors that are the same at every geometry: no count of tokens or pixels, if they coincide."""
@@ -233,12 +234,15 @@ def require_finite(name: str, tensor: Tensor) -> None:
 # -- adapters over layers that change ----------------------------------------------------------------------------
 
 
-def _require_exact_adapters(edit: ParameterEdit, place: Place) -> None:
-    """An adapter's own weights over a layer that changes have to change with it, or not to see the geometry."""
+def _require_exact_adapters(edit: ParameterEdit, place: Place, standing: set[int]) -> None:
+    """An adapter's own weights over a layer that changes have to change with it, or not to see the geometry.
+
+    ``standing``: the layers, by their ids, that stand where the twin has one, whose tensors have edits of their own.
+    """
     for outer in place.outer:
         if any(layer is outer for layer in place.layers):
             continue
-        beside = {id(m) for layer in place.layers for m in layer.modules()}
+        beside = standing | {id(m) for layer in place.layers for m in layer.modules()}
         inner = wrapped(outer)
         if inner:
             beside |= {id(m) for module in inner for m in module.modules()}

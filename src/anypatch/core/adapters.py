@@ -127,14 +127,17 @@ def innermost(layer: nn.Module) -> nn.Module:
 
 
 def _children(module: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Children called ``name``, looking through adapters; a recorded program stands for all that was in it."""
+    """Children called ``name``, looking through adapters; a recorded program stands for all that was in it.
+
+    A wrapper of PEFT's may have such a child of its own beside those of what it wraps: where a name to be saved fits a
+    module and one inside it (``embeddings``, ``patch_embeddings``), it puts the wrapper of the inner one there.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         yield module
         return
     child = module._modules.get(name)
     if child is not None:
         yield child
-        return
     for inner in wrapped(module):
         yield from _children(inner, name)
 
