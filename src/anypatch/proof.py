@@ -31,7 +31,7 @@ from anypatch.core.twins import Subject
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
-from anypatch.hosts.structural.rehearsing import Rehearsal
+from anypatch.hosts.structural.rehearsing import Rehearsal, Run
 
 # Of the relative error. Float32 alone gives up to 8e-6 in docs/coverage.md; another resize than the one that is proved,
 # 0.3 and more on timm's test_vit, from patch 16 to 17, 18 or 32.
@@ -222,11 +222,11 @@ def _pictures(inner: Subject, example: Example, run: _Run) -> frozenset[str]:
         plan = plan_for(inner, image_size=wide, rehearse=False)
     except AnypatchError:
         return frozenset()
-    shapes = None if plan is None else Rehearsal(inner.model, lambda: example).at(plan, plan.target)
-    if not isinstance(shapes, dict):
+    rehearsed = None if plan is None else Rehearsal(inner.model, lambda: example).at(plan, plan.target)
+    if not isinstance(rehearsed, Run):
         return frozenset()
     counts = set(_counts(plan.target)) if plan is not None else set()
-    return frozenset(f"output{name}" for name, shape in shapes.items() if not counts & set(shape))
+    return frozenset(f"output{name}" for name, shape in rehearsed.shapes.items() if not counts & set(shape))
 
 
 def _holds(shape: Size, pair: Size) -> bool:

@@ -9,7 +9,7 @@ for, so that the rule for hand-made models (:class:`Rule`) can follow it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from anypatch.core.recorded import require_open
 from anypatch.core.recordings import left_behind
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject, Twins
-from anypatch.errors import UnsupportedModelError
+from anypatch.errors import AnypatchError, UnsupportedModelError
 
 # What stands beside a weight that is computed anew at every forward pass, and what undoes it.
 DERIVED = {
@@ -56,13 +56,33 @@ class Extra:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """A tensor that has the number of tokens: by chance, if the model runs with another number of them.
+
+    Attributes:
+        module, name: where it is.
+        size: the number.
+        error: what is to be raised if it cannot be told.
+    """
+
+    module: nn.Module
+    name: str
+    size: int
+    error: AnypatchError
+
+
+@dataclass(frozen=True)
 class Context:
-    """What a rule has to know: the twins, sizes of tensors that are the same at every geometry, how to resample."""
+    """What a rule has to know: the twins, sizes of tensors that are the same at every geometry, how to resample.
+
+    ``doubts`` is filled with what its shapes alone do not tell.
+    """
 
     twins: Twins
     widths: frozenset[int]
     method: Any
     sampling: Sampling
+    doubts: list[Doubt] = field(default_factory=list)
 
 
 class Rule(Protocol):

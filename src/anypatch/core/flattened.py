@@ -63,6 +63,8 @@ def _is_numbered(table: Tensor, other: Tensor, before: Geometry, after: Geometry
         extra = length - tokens
         if not 0 <= extra <= MAX_EXTRA or table.ndim != other.ndim:
             continue
+        if other.shape[axis] == length:
+            continue  # as long at another number of tokens
         if after is not None and other.shape[axis] != math.prod(after.grid or ()) + extra:
             continue
         shared = min(length, other.shape[axis])

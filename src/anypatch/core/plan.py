@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.core.account import Account, Context, Rule, require_finite, tensor_of
+from anypatch.core.account import Account, Context, Doubt, Rule, require_finite, tensor_of
 from anypatch.core.attributes import MISSING, Merger, like
 from anypatch.core.diff import (
     BOOKKEEPING,
@@ -55,12 +55,14 @@ class Plan:
         target: the geometry it will have.
         changes: what changes, for people.
         steps: what changes, for the machine, in the order of application.
+        doubts: what has the present number of tokens, perhaps by chance.
     """
 
     subject: Subject
     target: Geometry
     changes: list[Change] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
 
     def apply(self) -> None:
         """Change the live model; on any error, put everything back and raise."""
@@ -123,10 +125,10 @@ def make(
     require_places(twins)
     edits = diff(twins, method, sampling)
     account = Account(subject, twins.old, edits)
-    extras = (
-        [] if rule is None else rule(account.root, account.extras(), Context(twins, account.widths(), method, sampling))
-    )
-    return _Binder(subject, target, account, shared).bind(edits, extras)
+    context = Context(twins, account.widths(), method, sampling)
+    extras = [] if rule is None else rule(account.root, account.extras(), context)
+    plan = _Binder(subject, target, account, shared).bind(edits, extras)
+    return replace(plan, doubts=context.doubts)
 
 
 class _Binder:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anypatch.core.geometry import Size
@@ -23,6 +24,7 @@ from anypatch.core.outputs import named_tensors
 from anypatch.core.plan import Plan
 from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter
+from anypatch.core.traces import Trace
 
 META = torch.device("meta")
 RUN = ("_forward_hooks", "_forward_pre_hooks")
@@ -88,17 +90,17 @@ def shapes(
     call: Callable[[nn.Module, Any], Any],
     size: Sequence[int],
     dtype: torch.dtype,
-    joined: list[Size] | None = None,
+    trace: Trace | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """What ``call(stage, pixels)`` returns for pixels of a size.
-
-    ``joined`` is filled with the lengths, along the axis, of whatever was put together on the way.
+    """What ``call(stage, pixels)`` returns for pixels of a size; ``trace`` is filled on the way.
 
     Raises:
         Exception: whatever the model raises; also where it asks for values that are not there.
     """
-    with _Shapes(joined), torch.no_grad():
+    trace = Trace() if trace is None else trace
+    with Shapes(trace), Indices(trace), torch.no_grad():
         pixels = torch.zeros(tuple(size), dtype=dtype, device=META)
+        trace.starts(pixels)
         return {name: tuple(tensor.shape) for name, tensor in named_tensors(call(stage, pixels))}
 
 
@@ -115,24 +117,44 @@ def watch(stage: nn.Module, stride: Size) -> dict[str, Size]:
     return seen
 
 
-class _Shapes(TorchDispatchMode):
+class Shapes(TorchDispatchMode):
     """Whatever meets a tensor without memory has none either; other tensors are computed with, and not written to."""
 
-    def __init__(self, joined: list[Size] | None) -> None:
+    def __init__(self, trace: Trace) -> None:
         super().__init__()
-        self.joined = joined
+        self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if self.joined is not None and about(func).name == "cat":
-            axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            self.joined.append(tuple(part.shape[axis] for part in args[0] if part.ndim > 1))
+        result = self._run(func, args, kwargs)
+        self.trace.note(about(func), args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = list(tensors_in((args, kwargs)))
         if not about(func).written and not any(tensor.is_meta for tensor in inputs):
             return func(*args, **kwargs)
         if kwargs.get("device") is not None:
-            kwargs["device"] = META
+            kwargs = {**kwargs, "device": META}
         return func(*mapped(_on_meta, args), **mapped(_on_meta, kwargs))
+
+
+class Indices(TorchFunctionMode):
+    """Tells a trace of ``tensor[index]`` as it is written."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        self.trace.indexed(*args)
+        self.trace.indexing = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.trace.indexing = False
 
 
 def _on_meta(value: Any) -> Any:

@@ -192,14 +192,21 @@ class Example:
         shape: of the pixels, ``(batch, channels, [time,] height, width)``, for the model's present geometry.
         call: ``call(model, pixels) -> outputs`` (any nesting of tensors).
         unit: pixels per entry of what is fed, where that is a map further in (behind a backbone).
+        pixels_alone: whether ``call`` feeds nothing but the pixels, so that it can feed them at any geometry.
     """
 
     def __init__(
-        self, shape: Sequence[int], call: Callable[[nn.Module, Any], Any], unit: Sequence[int] = (1, 1)
+        self,
+        shape: Sequence[int],
+        call: Callable[[nn.Module, Any], Any],
+        unit: Sequence[int] = (1, 1),
+        *,
+        pixels_alone: bool = False,
     ) -> None:
         self.shape = tuple(shape)
         self.call = call
         self.unit = tuple(unit)
+        self.pixels_alone = pixels_alone
 
 
 def comes_from(model: nn.Module, package: str) -> bool:

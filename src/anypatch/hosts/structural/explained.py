@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from anypatch.core.account import Doubt
 from anypatch.core.geometry import Geometry, show
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.base import ancestors
-from anypatch.hosts.structural.following import counts, ints
+from anypatch.hosts.structural.following import TELLING, counts, ints
 from anypatch.hosts.structural.layout import Layout
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
@@ -51,23 +52,6 @@ def require_named(model: nn.Module, layout: Layout) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """A layer that reads as many values as there are tokens: over channels, or one that mixes them.
-
-    Attributes:
-        path: of the layer.
-        size: how many values it reads.
-    """
-
-    path: str
-    size: int
-
-    @property
-    def error(self) -> GeometryError:
-        return GeometryError(f"{self.path}.weight mixes a fixed number of tokens ({self.size}): {HINT}")
-
-
 def require_known_grid(model: nn.Module, layout: Layout, new: Geometry) -> None:
     """A table cannot be brought to an image size from a grid that nothing tells.
 
@@ -89,7 +73,7 @@ def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> list[D
     """Nothing else in the part that the stem belongs to may depend on the grid.
 
     Returns:
-        Layers whose widths alone do not tell: a run at another grid does.
+        What its shape alone does not tell: a run at another grid does.
 
     Raises:
         UnsupportedModelError, GeometryError: something does; the message names it.
@@ -102,34 +86,48 @@ def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> list[D
     known = {(t.path, t.name) for t in layout.tables}
     lengths = _lengths(model, layout)
     positions = {(path, name) for path, name, _ in position_tensors(model, layout.part)}
-    doubts = []
+    doubts: list[Doubt] = []
     for path, name, tensor in all_tensors(model, layout.part):
         if (path, name) in known or enumerates(tensor, old) is not None or _of_window(model, path, name, tensor, old):
             continue
         owner, full = model.get_submodule(path), f"{path}.{name}" if path else name
         if isinstance(owner, (nn.Linear, *CONVOLUTIONS)):
-            if name == "weight" and _values_read(owner) in lengths:
-                doubts.append(Doubt(path, _values_read(owner)))
-        elif is_relative(name) or _follows_time(name, tensor, old, new) or _may_span(owner, name, tensor) & lengths:
-            raise UnsupportedModelError(
-                f"{full}, of shape {tuple(tensor.shape)}, may depend on the grid in a way that anypatch cannot tell "
-                f"for a hand-made model: {HINT}"
-            )
-        elif (path, name) in positions and tensor.ndim > 1:
+            doubts += _doubts_of_layer(owner, name, full, layout, lengths)
+            continue
+        error = UnsupportedModelError(
+            f"{full}, of shape {tuple(tensor.shape)}, may depend on the grid in a way that anypatch cannot tell for a "
+            f"hand-made model: {HINT}"
+        )
+        spans, is_position = _may_span(owner, name, tensor) & lengths, (path, name) in positions
+        if is_relative(name) or _follows_time(name, tensor, old, new) or (spans and is_position):
+            raise error
+        if is_position and tensor.ndim > 1:
             raise UnsupportedModelError(
                 f"{full}, of shape {tuple(tensor.shape)}, is named like a position table, but is none over a "
                 f"{show(old.grid)} grid: {HINT}"
             )
+        doubts += [Doubt(owner, name, size, error) for size in spans]
     _require_one_grid(part, old)
     return doubts
 
 
+def _doubts_of_layer(owner: Any, name: str, full: str, layout: Layout, lengths: set[int]) -> Iterator[Doubt]:
+    """A layer that reads as many values as there are tokens, or as they have together."""
+    if name != "weight":
+        return
+    size, width = _values_read(owner), layout.width
+    if size in lengths:
+        yield Doubt(owner, name, size, GeometryError(f"{full} mixes a fixed number of tokens ({size}): {HINT}"))
+    elif size % width == 0 and size // width in counts(layout.geometry) and size // width > TELLING**2:
+        why = f"reads all {size // width} tokens of {width} values at once"
+        yield Doubt(owner, name, size, GeometryError(f"{full} {why}: {HINT}"))
+
+
 def _lengths(model: nn.Module, layout: Layout) -> set[int]:
     """Numbers of tokens that no width of the model is."""
-    part = model.get_submodule(layout.part)
-    stem: Any = model.get_submodule(layout.stem)
+    part, stem = model.get_submodule(layout.part), model.get_submodule(layout.stem)
     widths = {m.normalized_shape[-1] for m in part.modules() if isinstance(m, nn.LayerNorm)}
-    widths.add(stem.out_channels)
+    widths.add(stem.out_channels)  # type: ignore[arg-type]
     return set(counts(layout.geometry)) - widths
 
 

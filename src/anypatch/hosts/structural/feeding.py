@@ -22,7 +22,7 @@ def example(subject: Subject) -> Example:
     held = held_in(model)
     if held is not None:
         host, inner = held.about
-        return Example(host.example(inner).shape, _call)
+        return Example(host.example(inner).shape, _call, pixels_alone=True)
     layout = layout_of(model)
     size = geometry.image_size
     if size is None:
@@ -30,7 +30,7 @@ def example(subject: Subject) -> Example:
     heads = list(layout.heads)
     masked = hasattr(model, "forward_encoder") and hasattr(model, "forward_decoder") and heads
     call = _masked(heads[0]) if masked else _call
-    return Example((2, _channels(model, layout, call, size), *size), call)
+    return Example((2, _channels(model, layout, call, size), *size), call, pixels_alone=call is _call)
 
 
 def _channels(model: nn.Module, layout: Layout, call: Callable[[nn.Module, Tensor], Any], size: Size) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -35,6 +34,7 @@ class Layout:
     tables: tuple[Table, ...]
     heads: dict[str, tuple[int, str]]  # pixel heads: path -> (channels, flattening order, "" where unknown)
     stems: tuple[str, ...]  # the stem and whatever else cuts the same patches out of pixels
+    width: int  # values of a token
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -52,12 +52,14 @@ def layout_of(model: nn.Module) -> Layout:
         prefix = class_tokens(model.get_submodule(part))
     require_vit(model, stem, tables)
     heads = pixel_heads(model, conv)
-    return Layout(replace(geometry, prefix_tokens=prefix), stem, part, tables, heads, stems_of(model, stem))
+    return Layout(
+        replace(geometry, prefix_tokens=prefix), stem, part, tables, heads, stems_of(model, stem), conv.out_channels
+    )
 
 
-def _image_size(model: nn.Module, stem: str, conv: Any) -> Size | None:
+def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
     """The image size that the modules around the stem record."""
-    axes = len(conv.stride)
+    axes = len(conv.stride)  # type: ignore[arg-type]
     side = None
     frames = None
     for ancestor in ancestors(stem):
@@ -71,7 +73,7 @@ def _image_size(model: nn.Module, stem: str, conv: Any) -> Size | None:
                 continue
             if len(size) == 3 and axes == 2 and size[0] == conv.in_channels:
                 size = size[1:]
-            if len(size) in (2, axes) and all(s >= p for s, p in zip(size[::-1], conv.stride[::-1], strict=False)):
+            if len(size) in (2, axes) and all(s >= p for s, p in zip(size[::-1], conv.stride[::-1], strict=False)):  # type: ignore[index]
                 side = side or size
     if side is None or len(side) == axes:
         return side

@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anypatch.core.account import Doubt
+from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import Geometry, Size, show, with_grid
+from anypatch.core.rehearsal import Indices, Shapes
+from anypatch.core.traces import Trace
 from anypatch.errors import AnypatchError, GeometryError
-from anypatch.hosts.structural.explained import Doubt
+from anypatch.hosts.structural.written import written_number
+
+Place = tuple[str, str, int]  # of a tensor in doubt: its module's path, its name, the number that it has
 
 
-def runs(
-    twin: nn.Module, channels: int, geometry: Geometry, reached: Callable[[str], None] | None = None
-) -> Exception | None:
-    """Run a twin on the meta device, where nothing is computed but shapes; the error if it fails.
+def runs(twin: nn.Module, channels: int, geometry: Geometry, doubts: Sequence[Place] = ()) -> Trace | Exception:
+    """Run a twin on the meta device, where nothing is computed but shapes.
 
-    ``reached`` hears the path of every module that takes part. The twin is used up: its buffers and plain tensors lose
-    their values.
+    The twin is used up: its buffers and plain tensors lose their values.
+
+    Returns:
+        What the run shows, of the tensors at ``doubts`` too; the error if it fails.
     """
+    with undisturbed():  # also by the modes of a twin that is being built
+        return _run(twin, channels, geometry, doubts)
+
+
+def _run(twin: nn.Module, channels: int, geometry: Geometry, doubts: Sequence[Place]) -> Trace | Exception:
     assert geometry.image_size is not None
     twin.eval()._apply(lambda t: t.to("meta"))
     for module in twin.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, Tensor):
                 vars(module)[name] = value.detach().to("meta")
-    if reached is not None:
-        for path, module in twin.named_modules():
-            module.register_forward_pre_hook(functools.partial(_tell, reached, path))
+    trace = Trace((held(twin.get_submodule(path), name), size) for path, name, size in doubts)
     call: Any = twin
     try:
-        with torch.no_grad(), torch.device("meta"):
-            call(torch.zeros((1, channels, *geometry.image_size)))
+        with Shapes(trace), Indices(trace), torch.no_grad(), torch.device("meta"):
+            pixels = torch.zeros((1, channels, *geometry.image_size))
+            trace.starts(pixels)
+            call(pixels)
     except Exception as error:
         return error
-    return None
+    return trace
 
 
-def _tell(reached: Callable[[str], None], path: str, *_: Any) -> None:
-    reached(path)
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A tensor of a module, whatever it is kept as."""
+    value = {**vars(module), **module._buffers, **module._parameters}.get(name)
+    return value if isinstance(value, Tensor) else None
 
 
 def one_more(grid: Size) -> Size:
@@ -57,24 +69,38 @@ def rootless(grid: Size) -> Size:
     return (*grid[:-2], side, side + 1)
 
 
-def require_over_channels(
-    build: Callable[[Geometry], nn.Module], channels: int, old: Geometry, new: Geometry, doubts: list[Doubt]
+def require_settled(
+    model: nn.Module,
+    build: Callable[[Geometry], nn.Module],
+    channels: int,
+    old: Geometry,
+    new: Geometry,
+    doubts: Sequence[Doubt],
 ) -> None:
-    """Layers that read as many values as there are tokens: over channels if the model runs with more or fewer tokens.
+    """What has the number of tokens has it by chance, if the model runs with more or fewer tokens, and with all of it.
 
     Raises:
-        GeometryError: it does not, or such a layer takes no part, so that nothing can be told.
+        GeometryError, UnsupportedModelError: it does not, or such a tensor takes no part, so that nothing can be told.
     """
     if not doubts or old.grid is None or new.grid is None:
         return
+    paths = {id(module): path for path, module in model.named_modules()}
+    places = [(paths[id(doubt.module)], doubt.name, doubt.size) for doubt in doubts]
+    before = runs(build(old), channels, old)
     for probe in (new, with_grid(old, one_more(old.grid))):
-        seen: set[str] = set()
         if probe.grid is None or math.prod(probe.grid) == math.prod(old.grid):
             continue
         with contextlib.suppress(AnypatchError):
-            if runs(build(probe), channels, probe, seen.add) is None and seen >= {doubt.path for doubt in doubts}:
+            after = runs(build(probe), channels, probe, places)
+            if isinstance(before, Trace) and isinstance(after, Trace) and settled(before, after, old, probe, doubts):
                 return
     raise doubts[0].error
+
+
+def settled(before: Trace, after: Trace, old: Geometry, new: Geometry, doubts: Sequence[Doubt]) -> bool:
+    """Whether a run with another number of tokens shows that it has nothing to do with those in doubt."""
+    whole = written_number(before, after, old, new) is None
+    return whole and after.used == set(range(len(doubts))) and not after.placed
 
 
 def require_rectangular(
@@ -96,10 +122,10 @@ def require_rectangular(
         twins = build(old), build(probe)
     except AnypatchError:
         return
-    if runs(twins[0], channels, old) is not None:
+    if isinstance(runs(twins[0], channels, old), Exception):
         return
     error = runs(twins[1], channels, probe)
-    if error is not None:
+    if isinstance(error, Exception):
         fits = math.prod(new.grid)
         raise GeometryError(
             f"{name} takes its position table for a square grid ({str(error).splitlines()[0]}), and "

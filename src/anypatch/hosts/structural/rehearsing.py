@@ -13,27 +13,26 @@ import contextlib
 import itertools
 import math
 import re
-import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from anypatch.core.account import Doubt
 from anypatch.core.geometry import Geometry, Size, show, with_grid
 from anypatch.core.outputs import ungrown
 from anypatch.core.plan import Plan
-from anypatch.core.recorded import programs, told
 from anypatch.core.recordings import is_pure
-from anypatch.core.rehearsal import RUN, shapes, staged, watch
-from anypatch.core.steps import SetAttribute, SetBuffer, SetParameter
+from anypatch.core.rehearsal import shapes, staged, watch
+from anypatch.core.steps import SetBuffer, SetParameter
+from anypatch.core.traces import Trace
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
-from anypatch.hosts.structural.following import TELLING, counts, kinds
-from anypatch.hosts.structural.holdings import holdings, is_array
-from anypatch.hosts.structural.probing import one_more, rootless
+from anypatch.hosts.structural.following import TELLING, counts
+from anypatch.hosts.structural.probing import held, one_more, rootless, settled
+from anypatch.hosts.structural.suspects import owned, suspects
+from anypatch.hosts.structural.written import written_number
 
-# Packages whose modules speak for themselves: their hosts' twins do, or they are layers.
-KNOWN = {"torch", "peft", "timm", "transformers", "open_clip", "torchvision", "diffusers", "accelerate"}
 SHOWN = 3  # suspects in a message
 # Attributes that have the grid's numbers by chance: a model of 64 channels with 64 tokens, of 8 heads over 8x8 tokens.
 NAMED_OTHERWISE = re.compile(r"dim|width|hidden|heads?$|depth|layers|blocks|class|channel|feature|d_model|chans", re.I)
@@ -52,46 +51,44 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
     """
     old, new = plan.subject.geometry, plan.target
     squared = _becomes_rectangular(old, new)
-    found = list(_suspects(plan))
-    suspects = list(dict.fromkeys(text for text, _ in found))
-    if not suspects and not any(True for _ in _owned(plan.subject.model)):
+    found = list(suspects(plan))
+    named = list(dict.fromkeys(text for text, _ in found))
+    if not named and not plan.doubts and not any(True for _ in owned(plan.subject.model)):
         return
     run = Rehearsal(plan.subject.model, example)
     before = run.at(None, old)
-    if not isinstance(before, dict):
+    if isinstance(before, Exception):
+        _require_no_doubt(plan)
         return  # cannot be told
-    _require_leading(plan, run.joined)
-    told, grids = _told(suspects), run.grids
+    _require_leading(plan, before.trace.joined)
+    told = _told(named)
     after = run.at(plan, new)
     if isinstance(after, Exception):
+        _require_no_doubt(plan)
         why = _line(str(after) or type(after).__name__)
-        if not suspects and not squared:
+        if not named and not squared and not run.pixels_alone:
             return  # perhaps it was fed what fits the present geometry alone
-        if not suspects:
+        if not named and squared:
             raise _square(plan, why)
         raise UnsupportedModelError(
             f"{type(plan.subject.model).__name__} runs as it is, but would not at patch {show(new.patch_size)} and "
             f"image {show(new.image_size)} ({why}): {told}, which nothing says how to follow. Change it "
             f"together with the model: adapt the model inside on its own, and set this by hand"
         )
-    _require_whole_image(plan, grids, run.grids, told)
-    for name, shape in before.items():
-        stale, certain = _stale(shape, after.get(name, shape), old, new)
+    _require_settled(plan, run, before, after, remake)
+    _require_whole_image(plan, before.grids, after.grids, told)
+    for name, shape in before.shapes.items():
+        now = after.shapes.get(name, shape)
+        stale, certain = _stale(shape, now, old, new)
         certain = certain or any(not NAMED_OTHERWISE.search(leaf) for _, leaf in found)
-        if stale and certain and (suspects or squared) and not _in_tokens(name, shape, run, remake, plan):
-            raise UnsupportedModelError(
-                f"output{name} of {type(plan.subject.model).__name__} is {shape}, and would become {after[name]}, "
-                f"which keeps {stale}: {told}, which nothing says how to follow. Adapt the model inside on its own, "
-                f"and set this by hand"
-            )
-        if _shrinks(shape, after.get(name, shape), old, new):
-            raise UnsupportedModelError(
-                f"output{name} of {type(plan.subject.model).__name__} is {shape}, as large as the image, and would "
-                f"become {after[name]} for an image of {show(new.image_size)}: {told}, which nothing says how to "
-                f"follow. Adapt the model inside on its own, and change what enlarges its tokens by hand"
-            )
+        if stale and certain and (named or squared) and not _in_tokens(name, shape, run, remake, plan):
+            raise _kept(plan, f"{shape}, and would become {now}, which keeps {stale}: {told}", name)
+        if _shrinks(shape, now, old, new):
+            shown = f"{shape}, as large as the image, and would become {now} for an image of {show(new.image_size)}"
+            raise _kept(plan, f"{shown}: {told}", name, "change what enlarges its tokens")
+    _require_nothing_written(plan, before, after)
     if squared and math.isqrt(math.prod(new.grid or ())) ** 2 == math.prod(new.grid or ()):
-        _require_no_root(run, remake, plan, before)
+        _require_no_root(run, remake, plan, before.shapes)
 
 
 def _require_whole_image(plan: Plan, before: dict[str, Size], after: dict[str, Size], told: str) -> None:
@@ -137,6 +134,21 @@ def _shape(step: SetParameter | SetBuffer) -> Size:
     return () if tensor is None else tuple(tensor.shape)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One forward pass of a rehearsal.
+
+    Attributes:
+        shapes: of what the model returned.
+        grids: what each convolution that cuts patches made of the image.
+        trace: what it shows besides, with the doubts of the plan in their order.
+    """
+
+    shapes: dict[str, Size]
+    grids: dict[str, Size]
+    trace: Trace
+
+
 class Rehearsal:
     """A model and what to feed it.
 
@@ -148,114 +160,70 @@ class Rehearsal:
     def __init__(self, model: nn.Module, example: Callable[[], Example]) -> None:
         self.model = model
         self.example = example
-        self.joined: list[Size] = []  # lengths of what was put together on the way
-        self.grids: dict[str, Size] = {}  # what each convolution that cuts patches made of the last image
+        self.pixels_alone = False  # whether nothing else was fed last
 
-    def at(self, plan: Plan | None, geometry: Geometry) -> dict[str, Size] | Exception:
-        """The shapes of what the model returns, or why it returns nothing."""
+    def at(self, plan: Plan | None, geometry: Geometry) -> Run | Exception:
+        """The model as it would be after a plan, at a geometry; or why it returns nothing."""
         try:
             fed = self.example()
             image = geometry.image_size
             if image is None or fed.unit != (1, 1) or len(fed.shape) < len(image) + 2:
                 return ValueError("not fed pixels")
+            self.pixels_alone = fed.pixels_alone
             like = next(p for p in self.model.parameters() if p.is_floating_point())
             size = (*fed.shape[: len(fed.shape) - len(image)], *image)
             stage = staged(self.model, plan, is_pure)
-            self.grids = watch(stage, geometry.patch_size)
-            self.joined = []
-            return shapes(stage, fed.call, size, like.dtype, self.joined)
+            grids = watch(stage, geometry.patch_size)
+            trace = Trace(self._doubtful(stage, [] if plan is None else plan.doubts))
+            return Run(shapes(stage, fed.call, size, like.dtype, trace), grids, trace)
         except Exception as error:
             return error
 
-
-# -- what is suspicious ------------------------------------------------------------------------------------------
-
-
-def _owned(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in root.named_modules():
-        if type(module).__module__.split(".")[0] not in KNOWN:
-            yield path, module
+    def _doubtful(self, stage: nn.Module, doubts: Sequence[Doubt]) -> Iterator[tuple[Tensor | None, int]]:
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        for doubt in doubts:
+            path = paths.get(id(doubt.module))
+            yield None if path is None else held(stage.get_submodule(path), doubt.name), doubt.size
 
 
-def _suspects(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Numbers of the present geometry that people's own modules hold and that would stay, and recorded programs; the
-    attribute's name with each, where it is one."""
-    for path, module in programs(plan.subject.model):
-        yield f"{path}, {told(module)}", ""
-    numbers = _numbers(plan.subject.geometry, plan.target)
-    for path, module in plan.subject.model.named_modules():
-        for hook in (hook for name in RUN for hook in getattr(module, name).values() if is_pure(hook)):
-            for number in _constants(hook.__code__, numbers):
-                yield f"the number {number} in a hook of {path or type(module).__name__}", ""
-    changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
-    classes: set[type] = set()
-    for path, module in _owned(plan.subject.model):
-        for name, value in vars(module).items():
-            if (id(module), name) in changed or name in vars(nn.Module()):
-                continue
-            for full, _, leaf in holdings(name, value):
-                found = _number(leaf, numbers)
-                if found is not None and not _means_what_stays(name, leaf, plan):
-                    leaf_name = "" if isinstance(leaf, types.FunctionType) else full
-                    yield f"{path}.{full} = {found}" if path else f"{full} = {found}", leaf_name
-        if type(module) not in classes:
-            classes.add(type(module))
-            yield from ((text, "") for text in _in_code(type(module), numbers))
+def _require_settled(
+    plan: Plan, run: Rehearsal, before: Run, after: Run, remake: Callable[[Geometry], Plan | None]
+) -> None:
+    """What has the number of tokens has it by chance, if the model runs with more or fewer of them.
+
+    Raises:
+        UnsupportedModelError: that cannot be told; the message names it.
+    """
+    old, new = plan.subject.geometry, plan.target
+    if not plan.doubts:
+        return
+    assert old.grid is not None
+    assert new.grid is not None
+    if math.prod(new.grid) != math.prod(old.grid) and settled(before.trace, after.trace, old, new, plan.doubts):
+        return
+    probe = with_grid(new, one_more(new.grid if math.prod(new.grid) > math.prod(old.grid) else old.grid))
+    with contextlib.suppress(AnypatchError):
+        other = remake(probe)
+        further = run.at(other, probe)
+        doubts = [] if other is None else other.doubts
+        if isinstance(further, Run) and doubts and settled(before.trace, further.trace, old, probe, doubts):
+            return
+    _require_no_doubt(plan)
 
 
-def _means_what_stays(name: str, value: Any, plan: Plan) -> bool:
-    """Whether an attribute has the name and the value of a size that is the same afterwards, as the patch often is."""
-    return any(
-        name in names and any(value == a == b for a, b in zip(present, following, strict=True))
-        for names, present, following in kinds(plan.subject.geometry, plan.target)
-        if isinstance(value, (int, tuple))
-    )
+def _require_no_doubt(plan: Plan) -> None:
+    if plan.doubts:
+        raise plan.doubts[0].error
 
 
-def _numbers(old: Geometry, new: Geometry) -> set[int]:
-    """Sides and counts of the present geometry that the new one does not have in their place."""
-    pairs = list(zip(old.patch_size, new.patch_size, strict=True))
-    pairs.append((math.prod(old.patch_size[-2:]), math.prod(new.patch_size[-2:])))
-    if old.image_size is not None and new.image_size is not None:
-        pairs += zip(old.image_size, new.image_size, strict=True)
-    if old.grid is not None and new.grid is not None:
-        pairs += zip(old.grid, new.grid, strict=True)
-        pairs += zip(counts(old), counts(new), strict=True)
-    return {a for a, b in pairs if a != b and a > TELLING}
-
-
-def _number(leaf: Any, numbers: set[int]) -> Any:
-    if is_array(leaf) and leaf.ndim == 0:
-        leaf = leaf.item()
-    if type(leaf) is int:
-        return leaf if leaf in numbers else None
-    if isinstance(leaf, Tensor) or is_array(leaf):
-        shape = tuple(leaf.shape)
-        return f"of shape {shape}" if numbers & set(shape) else None
-    if isinstance(leaf, types.FunctionType):
-        return next(_constants(leaf.__code__, numbers), None)
-    if isinstance(leaf, (list, tuple)) and len(leaf) > TELLING and len(leaf) in numbers:
-        return f"{len(leaf)} values"
-    return None
-
-
-def _in_code(kind: type, numbers: set[int]) -> Iterator[str]:
-    for base in kind.__mro__:
-        if base.__module__.split(".")[0] in {*KNOWN, "builtins", "typing"}:
-            continue
-        for name, function in vars(base).items():
-            if isinstance(function, types.FunctionType) and name != "__init__":
-                for number in _constants(function.__code__, numbers):
-                    yield f"the number {number} in {base.__name__}.{name}"
-
-
-def _constants(code: types.CodeType, numbers: set[int]) -> Iterator[int]:
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _constants(constant, numbers)
-        for item in constant if isinstance(constant, tuple) else (constant,):
-            if type(item) in (int, float) and item in numbers:
-                yield int(item)
+def _require_nothing_written(plan: Plan, before: Run, after: Run) -> None:
+    """Raises UnsupportedModelError: people's own code takes apart by numbers of the present geometry."""
+    what = written_number(before.trace, after.trace, plan.subject.geometry, plan.target)
+    if what is not None:
+        raise UnsupportedModelError(
+            f"{what}, and would do the same at patch {show(plan.target.patch_size)} and image "
+            f"{show(plan.target.image_size)}: write it by the sizes of its tensors before adapting"
+        )
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------
@@ -325,8 +293,8 @@ def _in_tokens(name: str, shape: Size, run: Rehearsal, remake: Callable[[Geometr
     probe = with_grid(new, one_more(new.grid))
     with contextlib.suppress(AnypatchError):
         after = run.at(remake(probe), probe)
-        if isinstance(after, dict) and probe.grid is not None:
-            now, more = after.get(name, shape), math.prod(probe.grid) - math.prod(new.grid)
+        if isinstance(after, Run) and probe.grid is not None:
+            now, more = after.shapes.get(name, shape), math.prod(probe.grid) - math.prod(new.grid)
             return any(a in counts(old) and b == a + more for a, b in zip(shape, now, strict=False))
     return False
 
@@ -359,8 +327,15 @@ def _require_no_root(
     if isinstance(after, Exception):
         raise _square(plan, str(after))
     for name, shape in before.items():
-        if _stale(shape, after.get(name, shape), old, probe)[0]:
-            raise _square(plan, f"of a {show(probe.grid)} grid it would make {after[name]}")
+        if _stale(shape, after.shapes.get(name, shape), old, probe)[0]:
+            raise _square(plan, f"of a {show(probe.grid)} grid it would make {after.shapes[name]}")
+
+
+def _kept(plan: Plan, what: str, name: str, remedy: str = "set this") -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"output{name} of {type(plan.subject.model).__name__} is {what}, which nothing says how to follow. Adapt the "
+        f"model inside on its own, and {remedy} by hand"
+    )
 
 
 def _square(plan: Plan, why: str) -> GeometryError:

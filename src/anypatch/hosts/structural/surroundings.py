@@ -18,7 +18,7 @@ import torch
 from torch import Size as TorchSize
 from torch import Tensor, nn
 
-from anypatch.core.account import Context, Extra
+from anypatch.core.account import Context, Doubt, Extra
 from anypatch.core.diff import AttributeEdit, BufferEdit, Edit, Owners, ParameterEdit
 from anypatch.core.geometry import Size, show
 from anypatch.core.recordings import written_by
@@ -136,7 +136,7 @@ class Surroundings:
     def _convolution(self, path: str, conv: Any) -> Iterator[Edit]:
         kernel, stride, patch = tuple(conv.kernel_size), tuple(conv.stride), self.old.patch_size
         if set(kernel) == {1} and conv.in_channels in self.counts - self.context.widths:
-            self._refuse(path, conv, f"mixes a fixed number of tokens ({conv.in_channels})")
+            self._doubt(path, conv, "weight", conv.in_channels, f"mixes a fixed number of tokens ({conv.in_channels})")
         if self.grid_changes and kernel == self.old.grid and max(kernel) > TELLING:
             self._refuse(path, conv, f"has a kernel as large as the grid ({show(kernel)})")
         if not self.patch_changes or not self._reads_pixels(conv):
@@ -234,13 +234,14 @@ class Surroundings:
     def _require_independent_linear(self, path: str, layer: nn.Linear) -> None:
         size, widths = layer.in_features, self.context.widths | self.produced
         if size in self.counts - widths:
-            self._refuse(path, layer, f"mixes a fixed number of tokens ({size})")
+            self._doubt(path, layer, "weight", size, f"mixes a fixed number of tokens ({size})")
         width = size if self.stem is None else self.stem.weight.shape[0]
         if size % width == 0 and layer.out_features != width:
             widths = widths | {size}  # features of several kinds or layers side by side
         all_tokens = size % width == 0 and size // width in self.tokens and size not in self.produced
         if all_tokens and self.grid_changes:
-            self._refuse(path, layer, f"reads all {size // width} tokens of {width} values at once")
+            why = f"reads all {size // width} tokens of {width} values at once"
+            self._doubt(path, layer, "weight", size, why)
         if self.telling and not all_tokens and size in self._pixels() - widths:
             self._refuse(path, layer, f"reads flattened patches ({size} values), in an order that cannot be told")
 
@@ -265,7 +266,7 @@ class Surroundings:
             elif size is not None:
                 yield self._value_edit(extra, name, tensor, size)
             elif not isinstance(module, NORMS) or tensor.ndim > 1 or tensor.shape[:1].numel() in self.counts:
-                self._require_independent(full, name, tensor)
+                self._require_independent(full, name, tensor, module)
 
     def _table(self, extra: Extra, name: str, tensor: Tensor) -> Edit | None:
         if not self.grid_changes:
@@ -298,7 +299,7 @@ class Surroundings:
             return BufferEdit(extra.path, name, None, tensor, after, persistent, None)
         return AttributeEdit(extra.path, name, None, tensor, after)
 
-    def _require_independent(self, full: str, name: str, tensor: Tensor) -> None:
+    def _require_independent(self, full: str, name: str, tensor: Tensor, owner: nn.Module | None = None) -> None:
         shape, widths = tuple(tensor.shape), self.context.widths | self.produced
         if self.values.holds_size(tensor):
             raise _refusal(full, f"holds the size of the grid or the image ({tensor.tolist()})")
@@ -314,14 +315,16 @@ class Surroundings:
         for what, sides in pairs:
             if min(sides) >= TELLING and any(shape[i : i + 2] == sides for i in range(len(shape) - 1)):
                 raise _refusal(full, f"has the size of {what} ({shape})")
-        width = None if self.stem is None else self.stem.weight.shape[0]
-        if any(pair[0] in self.counts and pair[1] == width for pair in itertools.pairwise(shape)):
-            raise _refusal(full, f"has the number of tokens ({shape})")
         for size in set(shape) - widths:
-            if size in self.counts:
-                raise _refusal(full, f"has the number of tokens ({shape})")
-            if self.telling and size in self._pixels():
+            if self.telling and size in self._pixels() and size not in self.counts:
                 raise _refusal(full, f"has the number of values in a patch ({shape})")
+        width = None if self.stem is None else self.stem.weight.shape[0]
+        rows = {pair[0] for pair in itertools.pairwise(shape) if pair[1] == width}
+        for size in self.counts & (rows | set(shape) - widths):
+            error = _refusal(full, f"has the number of tokens ({shape})")
+            if owner is None:
+                raise error
+            self.context.doubts.append(Doubt(owner, name, size, error))
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
@@ -332,6 +335,9 @@ class Surroundings:
         sizes = TorchSize(a), TorchSize(b)
         case = Case(full, *sizes, axes, owners, self.old, self.new, twins.facts, context.method, context.sampling)
         return ParameterEdit(path, name, None, case)
+
+    def _doubt(self, path: str, module: nn.Module, name: str, size: int, why: str) -> None:
+        self.context.doubts.append(Doubt(module, name, size, _refusal(f"{path} ({type(module).__name__})", why)))
 
     def _refuse(self, path: str, module: nn.Module, why: str) -> None:
         raise _refusal(f"{path} ({type(module).__name__})", why)
@@ -362,10 +368,9 @@ def _stem(old: nn.Module, new: nn.Module, patch: Size) -> Any:
     """The first layer of the twins whose weight follows the patch, or that has it as its stride."""
     after = dict(new.named_modules())
     for path, module in old.named_modules():
-        twin: Any = after.get(path)
-        if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or type(twin) is not type(module):
-            continue
-        if module.weight.shape != twin.weight.shape:
+        twin = after.get(path)
+        alike = isinstance(module, (*CONVOLUTIONS, nn.Linear)) and type(twin) is type(module)
+        if alike and module.weight.shape != twin.weight.shape:  # type: ignore[union-attr]
             return module
     found = [m for m in old.modules() if isinstance(m, CONVOLUTIONS) and tuple(m.stride) == patch]
     return found[0] if found else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.core.account import Context, Extra
+from anypatch.core.account import Context, Doubt, Extra
 from anypatch.core.diff import AttributeEdit, ParameterEdit
 from anypatch.core.geometry import Geometry, Size
 from anypatch.core.recordings import results
@@ -20,7 +20,7 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.explained import require_explained, require_known_grid, require_named
 from anypatch.hosts.structural.following import PATCH_NAMES, entries, follow, kinds
 from anypatch.hosts.structural.layout import Layout
-from anypatch.hosts.structural.probing import require_over_channels, require_rectangular
+from anypatch.hosts.structural.probing import require_rectangular, require_settled
 from anypatch.hosts.structural.surroundings import Surroundings
 from anypatch.hosts.structural.tables import (
     CONVOLUTIONS,
@@ -35,17 +35,15 @@ def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Modul
     old, name = layout.geometry, type(model).__name__
     require_known_grid(model, layout, geometry)
     doubts = require_explained(model, layout, geometry)
-    build = functools.partial(_twin, model, layout, over_channels=frozenset(doubt.size for doubt in doubts))
-    twin = build(geometry)
+    build = functools.partial(_twin, model, layout)
+    twin = _twin(model, layout, geometry, doubts)
     stem: Any = model.get_submodule(layout.stem)
-    require_over_channels(build, stem.in_channels, old, geometry, doubts)
+    require_settled(model, build, stem.in_channels, old, geometry, doubts)
     require_rectangular(build, stem.in_channels, old, geometry, name)
     return twin
 
 
-def _twin(
-    model: nn.Module, layout: Layout, geometry: Geometry, over_channels: frozenset[int] = frozenset()
-) -> nn.Module:
+def _twin(model: nn.Module, layout: Layout, geometry: Geometry, doubts: list[Doubt] | None = None) -> nn.Module:
     old = layout.geometry
     twin = copy_of(model)
     if (geometry.patch_size, geometry.image_size) == (old.patch_size, old.image_size):
@@ -61,16 +59,14 @@ def _twin(
             _set_head(twin.get_submodule(path), path, channels, order, geometry)
     for path, module in twin.named_modules():
         _set_attributes(module, path, layout, geometry)
-    _set_layers(twin, model, layout, geometry, over_channels)
+    _set_layers(twin, model, layout, geometry, [] if doubts is None else doubts)
     return twin
 
 
-def _set_layers(
-    twin: nn.Module, model: nn.Module, layout: Layout, geometry: Geometry, over_channels: frozenset[int]
-) -> None:
+def _set_layers(twin: nn.Module, model: nn.Module, layout: Layout, geometry: Geometry, doubts: list[Doubt]) -> None:
     """Layers that bring tokens back to pixels, pool by the patch or spread over the grid, as around other models."""
-    widths = over_channels | {m.normalized_shape[-1] for m in model.modules() if isinstance(m, nn.LayerNorm)}
-    context = Context(Twins(model, twin, layout.geometry, geometry), frozenset(widths), None, ANTIALIASED)
+    widths = {m.normalized_shape[-1] for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    context = Context(Twins(model, twin, layout.geometry, geometry), frozenset(widths), None, ANTIALIASED, doubts)
     rule = Surroundings(context)
     spoken = {*layout.stems, *layout.heads}
     extras = [
