@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -510,6 +512,56 @@ def test_a_rectangle_that_a_model_was_adapted_to_is_known_afterwards(image, insi
     grid = tuple(side // 8 for side in image)
     there = resample(table[:, 1:].mT.unflatten(-1, (4, 4)), grid)
     torch.testing.assert_close(back[:, 1:], resample(there, (4, 4)).flatten(2).mT)
+
+
+def pickled(model):
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+COPIES = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "saved": pickled,
+    "copied twice": lambda model: copy.deepcopy(copy.deepcopy(model)),
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+    "a part": lambda model: copy.deepcopy(nn.Sequential(nn.Identity(), model))[1],
+}
+
+
+@pytest.mark.siblings(fast=4)
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_rectangle_that_a_model_was_adapted_to_is_known_to_its_copies(kind):
+    """16 patches and a token before them are a square's as well as a rectangle's."""
+    model = Unnamed()
+    anypatch.adapt(model, image_size=(16, 64))
+    other = COPIES[kind](model)
+    assert anypatch.geometry(other).image_size == (16, 64)
+    anypatch.adapt(model, image_size=(32, 64))
+    anypatch.adapt(other, image_size=(32, 64))
+    assert torch.equal(other.pos_embed, model.pos_embed)
+    assert anypatch.geometry(copy.deepcopy(other)).image_size == (32, 64)
+
+
+def test_a_copy_of_a_view_knows_the_rectangle_that_the_view_has():
+    model = Unnamed()
+    view = copy.deepcopy(anypatch.at(model, image_size=(16, 64)))
+    assert (anypatch.geometry(view).image_size, anypatch.geometry(model).image_size) == ((16, 64), (32, 32))
+    model = anypatch.adapt(Unnamed(), image_size=(16, 64))
+    view = copy.deepcopy(anypatch.at(model, image_size=(64, 16)))
+    assert (anypatch.geometry(view).image_size, anypatch.geometry(model).image_size) == ((64, 16), (16, 64))
+
+
+def test_a_square_leaves_nothing_in_the_model():
+    model = Unnamed()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    anypatch.adapt(model, image_size=64)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    model.img_size = (64, 64)  # which then says it
+    anypatch.adapt(model, image_size=(32, 64))
+    assert {name: set(vars(module)) - {"img_size"} for name, module in model.named_modules()} == before
 
 
 def resample(maps, size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from anypatch.hosts.structural.tables import (
 )
 
 NAME = "generic"
+NOTE = "_anypatch_image"  # on the stem of a model that was brought to a rectangle: its image size, its prefix tokens
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,27 @@ def _image_size(model: nn.Module, stem: str, conv: nn.Module) -> Size | None:
     return None if frames is None else (frames, *side)
 
 
+def note(model: nn.Module, layout: Layout, geometry: Geometry) -> list[tuple[nn.Module, str, Any]]:
+    """What copies and pickles of a model have to bring along to know a rectangle, whose table looks like a square's.
+
+    Returns:
+        (module, attribute, value): of the stem, which any part that can be adapted has; nothing where the model says
+        its image size itself.
+    """
+    conv = model.get_submodule(layout.stem)
+    image = geometry.image_size
+    if image is None or _image_size(model, layout.stem, conv) is not None:
+        return []
+    if len(set(geometry.grid or ())) < 2 and NOTE not in vars(conv):
+        return []
+    return [(conv, NOTE, (image, geometry.prefix_tokens))]
+
+
 def _image_noted(model: nn.Module, stem: str, patch: Size) -> Size | None:
     """The image size that the model was adapted to, if its tables are still over that grid."""
-    for ancestor in ancestors(stem):
-        noted = history.geometry(model.get_submodule(ancestor))
+    written = vars(model.get_submodule(stem)).get(NOTE)
+    known = [] if written is None else [Geometry(patch, written[0], written[1], NAME)]
+    for noted in (*known, *(history.geometry(model.get_submodule(ancestor)) for ancestor in ancestors(stem))):
         if noted is None or noted.patch_size != patch or noted.image_size is None:
             continue
         part, tables = find_tables(model, stem, noted)

@@ -24,7 +24,7 @@ from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Host
-from anypatch.hosts.structural.layout import NAME, layout_of
+from anypatch.hosts.structural.layout import NAME, layout_of, note
 from anypatch.hosts.structural.tables import CONVOLUTIONS
 from anypatch.hosts.structural.twin import build_twin
 
@@ -41,7 +41,12 @@ def subject(model: nn.Module) -> Subject:
     orders = {rf"^{re.escape(path)}\.(weight|bias)$": order for path, (_, order) in layout.heads.items() if order}
     facts = Facts(orders=orders, sampling=Sampling(antialias=False))  # as DINO, DINOv2 and MAE
     return Subject(
-        model, layout.geometry, build=lambda g: build_twin(model, layout, g), facts=facts, speaks=layout.part or None
+        model,
+        layout.geometry,
+        build=lambda g: build_twin(model, layout, g),
+        facts=facts,
+        finish=lambda g: note(model, layout, g),
+        speaks=layout.part or None,
     )
 
 
