@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anypatch
@@ -146,6 +147,33 @@ def test_transforms_of_the_callers_are_laid_aside(transform: str) -> None:
     TRANSFORMS[transform](inside)(torch.ones(2, 3) if transform == "vmap" else torch.ones(3))
     assert same(model, other)
     other(torch.randn(2, 3, 96, 96)).sum().backward()
+
+
+COMPILED: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "adapt": lambda model, x: anypatch.adapt(model, 32, image_size=96)(x),
+    "at": lambda model, x: anypatch.at(model, 32, image_size=96)(x),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", COMPILED)
+def test_the_compiler_of_the_callers_is_kept_away(verb: str) -> None:
+    """It traced the modes in which twins are built, and failed with a TypeError of torch's."""
+    model = vit()
+    wanted = anypatch.adapt(copy.deepcopy(model), 32, image_size=96)
+    kinds = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        kinds.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 3, 96, 96)
+    compiled = torch.compile(lambda x: COMPILED[verb](model, x), backend=backend)
+    for _ in range(2):
+        assert_close(compiled(x), wanted(x), rtol=1e-5, atol=1e-6)
+    assert kinds  # what follows is compiled as ever
+    assert verb != "adapt" or same(model, wanted)
 
 
 FAMILIES = [family for family in families() if not family.refused]

@@ -42,15 +42,30 @@ def _without_transforms() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_compiling() -> Iterator[None]:
+    """Keep torch.compile away from what a compiled function calls in here: it would trace modes that it does not know,
+    and the model is changed once, not each time that the trace runs. As ``torch.compiler.disable``, which imports the
+    compiler, a second, for who does not compile."""
+    from torch._C._dynamo.eval_frame import set_eval_frame
+
+    compiling = set_eval_frame(None)
+    try:
+        yield
+    finally:
+        set_eval_frame(compiling)
+
+
+@contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run a block as if neither autocast nor inference mode nor a default device nor any mode or transform of torch
-    were active.
+    """Run a block as if neither autocast nor inference mode nor a default device nor any mode, transform or compiler of
+    torch were active.
 
     Only switches that belong to the calling thread are turned. The default dtype is the process's, so it stays as it
     is, and whoever creates a tensor says in which dtype. Gradients are recorded again where the block does not turn
     them off, as leaving inference mode does.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_compiling())
         stack.enter_context(_without_transforms())
         stack.enter_context(_without_modes())
         grad = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
