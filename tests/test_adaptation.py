@@ -256,6 +256,30 @@ def test_lora_trains_afterwards() -> None:
     assert any("patch_embed" in n for n in trained)
 
 
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}])
+def test_an_optimizer_whose_state_was_cleared_steps_as_a_fresh_one(kind: dict[str, bool]) -> None:
+    """For the resized parameters, as the guide clears it; the averages of the others go on."""
+    model = vit()
+
+    def step(optimizer: torch.optim.Optimizer, size: int) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1, 3, size, size)).square().sum().backward()
+        optimizer.step()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, **kind)
+    step(optimizer, 64)
+    anypatch.adapt(model, image_size=96)
+    for parameter, state in optimizer.state.items():
+        if any(torch.is_tensor(v) and v.ndim and v.shape != parameter.shape for v in state.values()):
+            state.clear()
+    before = model.pos_embed.detach().clone()
+    step(optimizer, 96)
+    grad = model.pos_embed.grad
+    assert_close(before - model.pos_embed, 1e-2 * grad / (grad.abs() + 1e-8), rtol=1e-3, atol=1e-6)  # Adam's first step
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert steps == {1, 2}
+
+
 def test_modules_to_save_are_adapted_with_the_original() -> None:
     model = lora(vit(), ["qkv"], modules_to_save=["patch_embed"])
     anypatch.adapt(model, 32)
