@@ -268,3 +268,12 @@ def test_what_would_not_run_afterwards_is_refused(kind: str) -> None:
 
     with pytest.raises(UnsupportedModelError, match="runs as it is, but would not"):
         anypatch.adapt(KINDS[kind](split).eval(), image_size=96)
+
+
+@pytest.mark.parametrize("name", ["example_input_array", "_example_input_array"])
+def test_the_image_that_lightning_shows_a_model_follows(name: str) -> None:
+    model = Around(vit(), lambda s, x, t: t.mean(1), **{name: torch.rand(1, 3, 64, 64)}).eval()
+    anypatch.adapt(model, image_size=(96, 32))
+    shown = getattr(model, name)
+    assert shown.shape == (1, 3, 96, 32)
+    assert model(shown).shape == (1, 48)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Size as TorchSize
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BLOCKS = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
 WORD = re.compile(r"\w+")
+EXAMPLE = re.compile(r"^_?example_input(s|_array)?$")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -261,12 +263,24 @@ class Surroundings:
                 continue
             full = f"{extra.path}.{name}" if extra.path else name
             table, size = self._table(extra, name, tensor), self.values.number(name, tensor, full)
-            if table is not None:
+            if self._is_example(name, tensor):
+                sides = (self.new.image_size or ())[-2:]
+                yield self._value_edit(extra, name, tensor, F.interpolate(tensor.detach(), sides, mode="bilinear"))
+            elif table is not None:
                 yield table
             elif size is not None:
                 yield self._value_edit(extra, name, tensor, size)
             elif not isinstance(module, NORMS) or tensor.ndim > 1 or tensor.shape[:1].numel() in self.counts:
                 self._require_independent(full, name, tensor, module)
+
+    def _is_example(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor is what Lightning shows a model for its summary and its graph: an image of the present size.
+
+        Its values mean nothing; it follows as the image does.
+        """
+        old = self.old.image_size
+        named = EXAMPLE.search(name) is not None and tensor.ndim == 4 and tensor.is_floating_point()
+        return named and self.image_changes and old is not None and tuple(tensor.shape[-2:]) == old[-2:]
 
     def _table(self, extra: Extra, name: str, tensor: Tensor) -> Edit | None:
         if not self.grid_changes:
