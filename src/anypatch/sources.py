@@ -20,6 +20,7 @@ from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.merging import merged
 from anypatch.core.modes import with_own_dtype
+from anypatch.core.placement import require_gathered, require_here
 from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
@@ -218,12 +219,14 @@ def save(model: nn.Module, directory: str | Path, **extras: Any) -> None:
 
     Raises:
         UnsupportedModelError: no host library knows the model, or it would rebuild it otherwise; the message names
-            the layer or tensor.
+            the layer or tensor. Values that are not here: sharded, offloaded, on the meta device.
         CheckpointError: the directory cannot be written.
     """
     path = given(directory, "directory")
     hub = _for_hub(extras)
+    require_gathered(unwrap(model))
     library = host(model)
+    require_here(unwrap(model), lent=library.fetches(unwrap(model)))
     source, steps = history.origin(unwrap(model)), history.steps(unwrap(model))
     replaced = replaced_names(path, library.name)
     with undisturbed():

@@ -23,6 +23,12 @@ WRAPPERS = {
     "FSDPModule": "its shards keep the old shapes: adapt the model, then shard it",
 }
 SHARDED = "adapt the model, then shard it"
+# What writing a model needs, where its values are not here or not its own.
+GATHER = (
+    "gather its values (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load "
+    "them into a model that is not sharded, and save that"
+)
+FETCH = "bring the model into memory before saving it"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,67 @@ def require_unsharded(model: nn.Module) -> None:
     for kind in type(model).__mro__:
         if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") and kind.__module__.startswith("torch."):
             raise UnsupportedModelError(f"the model is sharded ({type(model).__name__}): {SHARDED}")
+
+
+def require_gathered(model: nn.Module) -> None:
+    """What is to be written is of its own class, and no part of it is a shard's.
+
+    Raises:
+        UnsupportedModelError: names the layer and what to do first.
+    """
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
+        if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise UnsupportedModelError(f"{path or 'the model'} is sharded ({type(module).__name__}): {GATHER}")
+        if not path and kinds & WRAPPERS.keys():
+            raise UnsupportedModelError(
+                f"the model is a {type(module).__name__}, which its library does not build: load its state_dict into a "
+                f"model that is not replicated, and save that"
+            )
+
+
+def require_here(model: nn.Module, lent: bool = False) -> None:
+    """All values that are to be written are in memory, whole.
+
+    Args:
+        model: what will be written, without wrappers around it.
+        lent: whether whoever writes it fetches offloaded values itself.
+
+    Raises:
+        UnsupportedModelError: names the tensor and what to do first.
+    """
+    offloaded = {module for above, kind in _hooked(model) if kind == "loads" for module in above}
+    for path, module in model.named_modules():
+        buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **buffers}.items():
+            title = f"{path}.{name}" if path else name
+            if tensor is None or (lent and tensor.is_meta):
+                continue
+            if tensor.is_meta and module in offloaded:
+                raise UnsupportedModelError(f"{title} is offloaded, a hook of accelerate keeps its values: {UNHOOK}")
+            _require_written(title, tensor)
+
+
+UNHOOK = f"{FETCH} (accelerate.hooks.remove_hook_from_module(model, recurse=True), or load it without device_map)"
+
+
+def _require_written(name: str, tensor: Tensor) -> None:
+    """A tensor has values, all of them: what a quantiser keeps in other tensors, its library writes."""
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        raise UnsupportedModelError(f"{name} is sharded over a device mesh ({type(tensor).__name__}): {GATHER}")
+    if getattr(tensor, "_is_flat_param", False):
+        raise UnsupportedModelError(f"{name} is a flat parameter of several layers: {GATHER}")
+    if any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
+        raise UnsupportedModelError(
+            f"{name} is a FakeTensor, which has no values: save the model itself, outside of FakeTensorMode"
+        )
+    if tensor.is_meta:
+        raise UnsupportedModelError(f"{name} is on the meta device, which holds no values: {FETCH}")
+    if tensor.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"{name} is stored as {tensor.layout}, which no library's format holds: put a dense tensor "
+            f"(tensor.to_dense()) in its place before saving"
+        )
 
 
 def require_movable(root: nn.Module, touched: list[Touched], part: nn.Module | None, shared: bool) -> None:

@@ -8,8 +8,9 @@ part       verbs                                         used by
 =========  ============================================  ==========================================================
 Model      ``recognises``, ``subject``, ``example``      ``adapt``, ``check``, ``inspect``, ``at``; required
 Files      ``load``, ``build``, ``names``, ``save``,     ``load``, ``save``, ``convert``
-           ``names_folder``, ``candidates``, ``fit``,
-           ``open_folder``, ``repository``
+           ``fetches``, ``names_folder``,
+           ``candidates``, ``fit``, ``open_folder``,
+           ``repository``
 Images     ``preprocess``, ``features``, ``classes``,    ``sweep``, ``view``, ``tune``
            ``tokenize``
 =========  ============================================  ==========================================================
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from anypatch.hosts.images import Classes, Encode, Features, Preprocess
 
 # Which room of a host's folder a verb is in; ``model.py`` where there is no such room.
-FILES = ("load", "build", "names", "save", "names_folder", "candidates", "fit", "open_folder", "repository")
+FILES = (
+    "load", "build", "names", "save", "fetches", "names_folder", "candidates", "fit", "open_folder", "repository",
+)  # fmt: skip
 ROOMS = {
     "example": "feeding",
     **dict.fromkeys(FILES, "files"),
@@ -112,6 +115,10 @@ class Host:
             UnsupportedModelError: the library would not build this model from it; the message names what differs.
         """
         self._verb("save")(model, folder, final, **extras)
+
+    def fetches(self, model: nn.Module) -> bool:
+        """Whether ``save`` finds values of this model that are offloaded, as the library knows how."""
+        return bool(self._verb("fetches")(model)) if self.has("fetches") else False
 
     def names_folder(self, path: Path) -> str | None:
         """The name that ``load`` takes for a directory in this library's format; ``None`` for any other."""

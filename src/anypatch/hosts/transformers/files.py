@@ -27,7 +27,7 @@ from anypatch.hosts.transformers.quantised import packed_layers
 from anypatch.hosts.transformers.safety import is_adapter, require_model, require_no_adapter, require_safe_source
 from anypatch.hosts.vetting import WHERE
 
-__all__ = ["build", "candidates", "fit", "load", "names_folder", "open_folder", "repository", "save"]
+__all__ = ["build", "candidates", "fetches", "fit", "load", "names_folder", "open_folder", "repository", "save"]
 
 # Arguments of `from_pretrained` that say where a model is, not what it is.
 HUB = (*WHERE, "trust_remote_code", "subfolder", "force_download")
@@ -162,6 +162,11 @@ def save(model: nn.Module, directory: Path, final: Path, **extras: Any) -> None:
         for path in sorted(source.glob("*.py")):
             if path.is_file() and not (directory / path.name).exists():
                 copy_within(path, source, directory / path.name)
+
+
+def fetches(model: Any) -> bool:
+    """Of a model that was loaded with a map of devices, ``save_pretrained`` brings the values back, file by file."""
+    return bool({"cpu", "disk"} & set(map(str, (getattr(model, "hf_device_map", None) or {}).values())))
 
 
 def _names_code(folder: Path) -> bool:
