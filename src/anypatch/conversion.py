@@ -70,7 +70,8 @@ def convert(
 
     Args:
         source: a checkpoint file, or a directory in the format of transformers, timm or open_clip.
-        target: the ``.safetensors`` file or the directory to write; may be ``source``.
+        target: the ``.safetensors`` file or the directory to write; may be ``source``, beside whose model everything
+            else then stays.
         patch_size, image_size, keep, kernel, positions: as in :func:`anypatch.adapt`.
         arch: for a file whose tensors do not tell, as in :func:`anypatch.load`.
         prefix: for a file that holds several models: what stands before the name of the patch projection.
@@ -162,19 +163,23 @@ def _write_new(target: Path, checkpoint: Checkpoint, changed: Mapping[str, Tenso
 
 
 def _convert_directory(source: Path, target: Path, ask: Mapping[str, Any], link: bool) -> None:
-    if _same(source, target):
+    in_place = _same(source, target)
+    if in_place:
         link = False
     elif source.resolve() in target.resolve().parents or target.resolve() in source.resolve().parents:
         raise CheckpointError(f"{target} and {source} lie within one another")
     snapshot = Snapshot(source)
     texts, headers, values = _converted(source, target, ask)
-    files = list(_other_files(source, {*texts, *headers}))
-    names = {*texts, *headers, *(f.relative_to(source).parts[0] for f in files)}
-    _require_nothing_else(target, names)
+    written = {*texts, *headers}
+    if in_place:  # whatever else is there stays where it is
+        _require_none_stale(source, written)
+    files = [] if in_place else list(_other_files(source, written))
+    if not in_place:
+        _require_nothing_else(target, written | {f.relative_to(source).as_posix() for f in files})
     total = sum(h.file_size for h in headers.values()) + sum(f.stat().st_size for f in files)
     with (
         _progress(target.name, total) as progress,
-        atomic.replacing_directory(target) as place,
+        atomic.replacing_directory(target, lambda name: not in_place) as place,
         Flusher(target) as flusher,
     ):
         for shard, header in headers.items():
@@ -223,16 +228,53 @@ def _card(plan: Plan, model: nn.Module, source: Path, target: Path, ask: Mapping
     return cards.card(library.name, library.version, type(model).__name__, (step,), source, target)
 
 
-def _require_nothing_else(target: Path, names: set[str]) -> None:
-    """``target`` becomes the source at another geometry: it may hold nothing that the source does not."""
+def _require_none_stale(folder: Path, written: set[str]) -> None:
+    """Converted where it lies, a directory may hold no second set of weights, nor a training's state of the first."""
+    stale = sorted(e.name for e in folder.iterdir() if e.name not in written and not e.is_dir() and _stale(e.name))
+    if stale:
+        raise CheckpointError(
+            f"{folder} holds what would stay at the old geometry beside the converted weights ({_few(stale)}): remove "
+            f"it, or convert to another place"
+        )
+
+
+def _require_nothing_else(target: Path, written: set[str]) -> None:
+    """``target`` becomes the source at another geometry: it may hold nothing that is not written anew.
+
+    Args:
+        target: the directory to write.
+        written: files, relative to it.
+    """
     if not target.is_dir():
         return
     atomic.recover(target)
-    others = sorted(entry.name for entry in target.iterdir() if entry.name not in names)
+    others = []
+    for root, directories, names in os.walk(target, followlinks=False):
+        place = Path(root)
+        links = [name for name in directories if (place / name).is_symlink()]
+        found = [(place / name).relative_to(target).as_posix() for name in (*names, *links)]
+        others += [name for name in found if name not in written]
+        if place != target and not names and not directories:
+            others.append(place.relative_to(target).as_posix())
     if others:
+        tops = list(dict.fromkeys(_top(name, written) for name in sorted(others)))
         raise CheckpointError(
-            f"{target} holds other files ({', '.join(others[:5])}): choose another place, or remove them"
+            f"{target} holds more than the converted model ({_few(tops)}): choose another place, or remove it"
         )
+
+
+def _top(name: str, written: set[str]) -> str:
+    """Of a path, the outermost folder in which nothing is written."""
+    parts = name.split("/")
+    for count in range(1, len(parts)):
+        folder = "/".join(parts[:count])
+        if not any(path.startswith(f"{folder}/") for path in written):
+            return folder
+    return name
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -248,9 +290,13 @@ def _other_files(source: Path, written: set[str]) -> Iterator[Path]:
             relative = path.relative_to(source).as_posix()
             if relative in written or name.startswith(".") or not path.is_file():
                 continue
-            if STALE.search(name) or name.endswith((".safetensors", ".safetensors.index.json")):
+            if _stale(name):
                 continue
             yield path
+
+
+def _stale(name: str) -> bool:
+    return bool(STALE.search(name)) or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 # -- progress ----------------------------------------------------------------------------------------------
