@@ -17,6 +17,7 @@ from anypatch.files.opening import Identity, first_line, identity, open_regular,
 
 MAX_HEADER = 100 << 20  # bytes of a safetensors header; the format's own limit
 MAX_DIMENSIONS = 64  # torch's own limit
+MAX_NAME = 1000  # characters of a tensor's name; a real one has some hundred
 
 # Bits per element of every type that safetensors names, and torch's type where torch has one.
 BITS = {
@@ -102,10 +103,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def require_names(path: Path, names: Iterable[str]) -> None:
+    """Names stand in messages and on terminals, and a file may hold any.
+
+    Raises:
+        CheckpointError: one is longer than a name of a tensor is, or is no text.
+    """
+    for name in names:
+        if len(name) > MAX_NAME:
+            raise CheckpointError(f"{path}: the name {name[:100]!r}… of a tensor has {len(name)} characters")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # halves of a letter, which no terminal takes
+            raise CheckpointError(f"{path}: the name {name[:100]!a} of a tensor is no text")
+
+
 def _entry(path: Path, name: str, value: Any) -> Entry:
     def bad(why: str) -> NoReturn:
         raise CheckpointError(f"{path}: tensor {name[:200]!r} {why}")
 
+    require_names(path, (name,))
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         bad("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -169,10 +169,12 @@ def advice(tensors: Mapping[str, Any], name: str, stored: Size, taken: Size) -> 
         name: of the table in the model.
         stored, taken: its shapes in the file, and in a model built for the square image that the file was read as.
     """
+    if not POSITIONS.search(name) or len(stored) != len(taken):
+        return ""
     hint = "; where the image is not square, pass img_size=(height, width)"
     found = native(tensors)
     sides = [axis for axis, (have, want) in enumerate(zip(stored, taken, strict=False)) if have != want]
-    if not POSITIONS.search(name) or len(sides) != 1 or len(stored) != len(taken) or not found.patch:
+    if len(sides) != 1 or not found.patch:
         return hint
     # what the model puts before its grid, which may be more than the fewest tokens that leave a square
     grid = math.prod(found.grid) if found.grid else (square_grid(taken[sides[0]]) or 0) ** 2

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from anypatch.errors import CheckpointError
-from anypatch.files.header import map_tensors, read_header
+from anypatch.files import layouts
+from anypatch.files.header import map_tensors, read_header, require_names
 from anypatch.files.legacy import LEGACY_MAGIC, read_legacy
 from anypatch.files.npz import read_npz
 from anypatch.files.opening import first_line, open_regular
@@ -100,6 +101,7 @@ def _read(path: Path, prefix: str | None) -> Checkpoint:
     metadata: dict[str, str] = {}
     if kind == "npz":
         tensors = read_npz(path)
+        require_names(path, tensors)
         return Checkpoint(path, tensors, kind=kind, names={n: n for n in tensors}, whole=tensors)
     if kind == "safetensors":
         header = read_header(path)
@@ -111,6 +113,10 @@ def _read(path: Path, prefix: str | None) -> Checkpoint:
     else:
         raw = read_legacy(path) if kind == "legacy" else read_archive(path)
     found = unwrap(raw, path, prefix)
+    require_names(path, (*found.whole, *found.others))
+    for name, tensor in found.tensors.items():
+        if not tensor.numel() and layouts.follows_geometry(name):
+            raise CheckpointError(f"{path}: tensor {name!r} of shape {tuple(tensor.shape)} holds no values")
     kind = "torch" if kind == "legacy" else kind
     return Checkpoint(path, found.tensors, metadata, kind, found.dropped, found.names, found.whole, found.others)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from anypatch.files.header import MAX_NAME
 from anypatch.files.pickles import Inert
 
 MAX_DEPTH = 64  # of modules within modules; those of real models are some ten deep
-MAX_NAME = 1000  # characters; names nested without end would take the square of a file's size
 
 
 def scripted_tensors(root: Any) -> dict[str, Tensor]:
@@ -31,6 +31,7 @@ def scripted_tensors(root: Any) -> dict[str, Tensor]:
         for key, item in fields.items():
             if not isinstance(key, str) or not isinstance(item, (Tensor, dict)):
                 continue
+            # names nested without end would take the square of a file's size
             if len(prefix) + len(key) > MAX_NAME or depth > MAX_DEPTH:
                 raise pickle.UnpicklingError(f"a module nested {depth} deep, named {(prefix + key)[:100]}…")
             if isinstance(item, Tensor):

@@ -88,8 +88,8 @@ def difference(stored: Shapes, taken: Shapes, optional: Callable[[str], bool] = 
 
 
 def listed(names: list[str], limit: int = 6) -> str:
-    """The first names of many."""
-    shown = ", ".join(names[:limit])
+    """The first names of many; one that would move a terminal's cursor, or be seen by nobody, is quoted."""
+    shown = ", ".join(name if name and name.isprintable() else repr(name) for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -113,7 +113,10 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], checkpoint: Checkpoint,
         )
     for name, tensor in tensors.items():
         if own[name].is_floating_point() != tensor.is_floating_point():
-            raise CheckpointError(f"{checkpoint.path}: {name} is stored as {tensor.dtype}")
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is stored as {tensor.dtype}, where {arch} has {own[name].dtype}: quantised "
+                f"weights are not read, use those in floating point"
+            )
     model.load_state_dict(_one_dtype(tensors, checkpoint), strict=False, assign=True)
     return model
 

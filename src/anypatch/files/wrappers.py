@@ -93,7 +93,7 @@ def unwrap(raw: Any, path: Path, prefix: str | None = None) -> Unwrapped:
 
 
 def _listed(found: list[tuple[tuple[int, ...], str, str, dict[str, Any]]]) -> str:
-    names = ", ".join(repr((f[1] + f[2]).rstrip(".")) for f in found[:8])
+    names = ", ".join(repr((f[1] + f[2]).rstrip(".")[:200]) for f in found[:8])
     return f"there is one behind {names}" if names else "it has none at all that is known"
 
 

@@ -53,10 +53,11 @@ def speaking_for(library: str, what: str, package: str | None = None) -> Iterato
     except (AnypatchError, MemoryError):
         raise
     except ImportError as error:
-        extra = package or library.replace("_", "-")
+        advice = f"pip install 'anypatch[{package or library.replace('_', '-')}]' ({error})"
+        if "pip install" in str(error):  # the library says itself what else this one needs
+            advice = said(error)
         raise UnsupportedModelError(
-            f"loading {what} from {library} needs a package that is not installed: "
-            f"pip install 'anypatch[{extra}]' ({error})"
+            f"loading {what} from {library} needs a package that is not installed: {advice}"
         ) from error
     except TypeError as error:
         raise UnsupportedModelError(f"{library} cannot make {what} with these options: {said(error)}") from error

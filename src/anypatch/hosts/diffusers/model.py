@@ -153,10 +153,18 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
     kind = host_kwargs.pop("model_class", None)
     about = {k: host_kwargs.pop(k) for k in tuple(host_kwargs) if k in HUB}
     config: Any = diffusers.AutoModel.load_config(name, **about)
-    kind = kind or getattr(diffusers, str(config.get("_class_name")), None)
+    kind = kind or _model_class(config.get("_class_name"))
     if kind is None:
         raise UnsupportedModelError(f"diffusers has no class {config.get('_class_name')!r}, which {name} names")
     return kind.from_config({**config, **host_kwargs}).eval()
+
+
+def _model_class(name: Any) -> Any:
+    """The class of a model that a configuration names; a pipeline or any other attribute of the library is none."""
+    import diffusers
+
+    kind = getattr(diffusers, str(name), None)
+    return kind if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) else None
 
 
 def repository(name: str) -> tuple[str, str] | None:

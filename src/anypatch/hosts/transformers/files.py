@@ -16,13 +16,14 @@ from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry
 from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files.configs import read_json
+from anypatch.files.shards import read_shards
 from anypatch.files.snapshot import copy_within
 from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import plain_state, require_rebuilds
 from anypatch.hosts.transformers import processors
-from anypatch.hosts.transformers.fitting import candidates, fit
+from anypatch.hosts.transformers.fitting import candidates, class_of, fit, named_class
 from anypatch.hosts.transformers.model import NAME, make, subject
-from anypatch.hosts.transformers.opening import open_folder
+from anypatch.hosts.transformers.opening import open_folder, require_shapes
 from anypatch.hosts.transformers.quantised import packed_layers
 from anypatch.hosts.transformers.safety import is_adapter, require_model, require_no_adapter, require_safe_source
 from anypatch.hosts.vetting import WHERE
@@ -59,11 +60,34 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     if kind is None:  # a class of the caller's follows an adapter to its model
         require_model(name, host_kwargs)
         about = {k: v for k, v in host_kwargs.items() if k in HUB}
-        kind = _saved_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
-    model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
+        kind = named_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
+    try:
+        model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):  # says only that something does not fit
+            _require_shapes(name, host_kwargs)
+        raise
     with contextlib.suppress(UnsupportedModelError, ReferenceError):
         _SOURCES[model] = (name, subject(model).geometry, {k: v for k, v in host_kwargs.items() if k in HUB})
     return model
+
+
+def _require_shapes(name: str, host_kwargs: dict[str, Any]) -> None:
+    """Name the tensor of a directory that is of another shape than its configuration says.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    folder = Path(name, host_kwargs.get("subfolder") or "")
+    if not folder.is_dir():
+        return
+    kind, config = class_of(str(folder), host_kwargs.get("config"))
+    built: Any = empty(lambda: kind(config))
+    with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        built._weight_conversions = get_model_conversion_mapping(built)
+    require_shapes(folder, built, read_shards(folder), _in_files(built, built, built.state_dict()))
 
 
 def _require_safe(name: str, host_kwargs: dict[str, Any]) -> None:
@@ -93,7 +117,7 @@ def build(name: str, **host_kwargs: Any) -> nn.Module:
     unknown = {k: v for k, v in unknown.items() if k not in HUB}
     if unknown:
         raise UnsupportedModelError(f"the configuration of {name} has no {', '.join(unknown)}")
-    kind = kind or _saved_class(config)
+    kind = kind or named_class(config)
     if kind is not None:
         return kind._from_config(config, **making).eval()
     if "trust_remote_code" in host_kwargs:
@@ -112,14 +136,6 @@ def _given_class(host_kwargs: dict[str, Any]) -> Any:
     if found is None:
         raise UnsupportedModelError(f"transformers has no class {kind!r}")
     return found
-
-
-def _saved_class(config: Any) -> Any:
-    """The class that a checkpoint was saved from, where its configuration names one that is the library's own."""
-    import transformers
-
-    names = getattr(config, "architectures", None) or []
-    return getattr(transformers, names[0], None) if names else None
 
 
 def repository(name: str) -> tuple[str, str] | None:
@@ -316,7 +332,7 @@ def _saved_geometry(name: str) -> Geometry | None:
 
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        kind: Any = named_class(config) or transformers.AutoModel
         return subject(empty(lambda: make(kind, config))).geometry
     except (OSError, ValueError, AttributeError, UnsupportedModelError):
         return None

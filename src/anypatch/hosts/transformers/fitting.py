@@ -12,6 +12,7 @@ from anypatch.errors import CheckpointError
 from anypatch.files.reading import Checkpoint
 from anypatch.files.tensors import listed
 from anypatch.files.wrappers import rooted
+from anypatch.hosts.loading import said
 from anypatch.hosts.transformers.safety import require_safe_source
 
 
@@ -75,9 +76,9 @@ def class_of(name: str, config: Any = None) -> tuple[Any, Any]:
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"transformers has no configuration for {name!r}: {error}") from error
+            raise CheckpointError(f"transformers takes no configuration from {name}: {said(error)}") from error
     names = getattr(config, "architectures", None) or []
-    kind = getattr(transformers, names[0], None) if names else None
+    kind = named_class(config)
     if kind is None:
         try:
             kind = type(transformers.AutoModel.from_config(config)) if not names else None
@@ -86,6 +87,16 @@ def class_of(name: str, config: Any = None) -> tuple[Any, Any]:
     if kind is None:
         raise CheckpointError(f"{name}: its configuration names no class of transformers ({names})")
     return kind, config
+
+
+def named_class(config: Any) -> Any:
+    """The class of a model of transformers' own that a configuration names; any other attribute of the library that a
+    file might name is not looked at, let alone called."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, str(names[0]), None) if names else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 
 def candidates(checkpoint: Checkpoint) -> Iterator[str]:

@@ -57,6 +57,11 @@ def require_safe(config: dict[str, Any], path: Path) -> None:
             timm's that opens one.
     """
     require_nested(config, path)
+    for key, kinds in (("model_type", (str,)), ("architectures", (list, str)), ("quantization_config", (dict,))):
+        if config.get(key) is not None and not isinstance(config[key], kinds):
+            raise CheckpointError(f"{path}: {key} is {str(config[key])[:100]!r}, which names nothing")
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise CheckpointError(f"{path}: architectures is {str(config['architectures'])[:100]}, which names no class")
     if config.get("transformers_weights") is not None:  # which of the files beside it has the weights
         require_file_name(config["transformers_weights"], f"{path}: transformers_weights")
     for keys, value in entries(config, path):
