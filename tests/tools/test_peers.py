@@ -205,3 +205,37 @@ def test_one_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     count = len(said)
     assert run(peer, "grid", say=said.append).outcomes == found.outcomes
     assert len(said) == count
+
+
+def test_libraries_and_modes_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a run that is cut short has done is spread over all of them."""
+    from peers import __main__ as peers
+
+    first, second = Peer("first", "timm", ()), Peer("second", "timm", (), factory=False)
+    monkeypatch.setattr(peers, "PEERS", (first, second))
+    monkeypatch.setattr(running, "CACHE", tmp_path)
+    left = {("first", "none"): 3, ("first", "grid"): 2, ("first", "grid, built"): 0, ("second", "grid"): 1}
+    turns = []
+
+    def fake(peer: Peer, mode: str, select: str, chunks: int, control: bool) -> Run:
+        assert chunks == 1
+        name = (peer.name, mode + ", built" * control)
+        if left.get(name, 0):
+            left[name] -= 1
+            turns.append(name)
+            with running.result_file(peer, mode, select, control).open("a") as file:
+                file.write(json.dumps({"started": str(len(turns))}) + "\n")
+        return Run()
+
+    monkeypatch.setattr(peers, "run", fake)
+    peers.main(["--mode", "grid", "--nice", "0"])
+    assert turns == [
+        *[("first", "none"), ("first", "grid"), ("second", "grid")],
+        *[("first", "none"), ("first", "grid")],
+        ("first", "none"),
+    ]
+    left["first", "none"] = 3
+    peers.main(["--mode", "grid", "--nice", "0", "--chunks", "2"])
+    assert left["first", "none"] == 1
+    peers.main(["--mode", "grid", "--nice", "0", "--adapted"])
+    assert left["first", "none"] == 1

@@ -3,8 +3,8 @@
 The source archives of the installed versions come from the package registry into `.cache/peers`; nothing of them is
 kept in the repository. Every test runs once as it is and once in each mode (`peers.adapting.MODES`). A test that passes
 as it is and fails on adapted models is either explained by a literal size of the test (`explained.py`, with the reason)
-or a fault, which makes the exit status 1. A run that was cut short goes on where it was; outcomes of other code of
-anypatch are thrown away first.
+or a fault, which makes the exit status 1. Libraries and modes take turns, a chunk of tests each, so that a run that was
+cut short is a sample of them all. It goes on where it was; outcomes of other code of anypatch are thrown away first.
 
     python tools/peers/__main__.py                              # everything, hours on 2 cores; writes docs/peers.md
     python tools/peers/__main__.py --host timm --mode back      # a part; prints, writes nothing
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parents[1]
@@ -25,9 +25,10 @@ sys.path.insert(0, str(TOOLS))
 
 from peers.adapting import MODES
 from peers.page import document
-from peers.running import PEERS, ROOT, Peer, Run, read, result_file, run
+from peers.running import PEERS, ROOT, Peer, read, result_file, run
 
 PAGE = ROOT / "docs" / "peers.md"
+Row = tuple[Peer, str, bool]  # a library, how its models are adapted, whether it is the control of that
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,27 +36,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.keep:
         os.environ["ANYPATCH_PEERS_KEEP"] = "1"
     os.nice(options.nice)
-    runs: dict[tuple[Peer, str], Run] = {}
-    controls: dict[tuple[Peer, str], Run] = {}
-    for peer in PEERS:
-        if options.host and peer.name not in options.host:
-            continue
-        for mode in ("none", *(options.mode or MODES[1:])):
-            if options.page or (options.adapted and mode == "none"):
-                runs[peer, mode] = read(result_file(peer, mode, options.select))
-            else:
-                runs[peer, mode] = run(peer, mode, options.select, options.chunks)
-            if mode not in ("none", "back") and peer.factory:
-                control = result_file(peer, mode, options.select, control=True)
-                controls[peer, mode] = (
-                    read(control) if options.page else run(peer, mode, options.select, options.chunks, control=True)
-                )
+    rows = list(_rows(options))
+    if not options.page:
+        _in_turn(rows, options.select, options.chunks)
+    found = {row: read(result_file(*row[:2], options.select, row[2])) for row in rows + _plain(rows)}
+    runs = {(peer, mode): one for (peer, mode, control), one in found.items() if not control}
+    controls = {(peer, mode): one for (peer, mode, control), one in found.items() if control}
     text, faults = document(runs, controls)
     part = options.host or options.mode or options.select
     if not part:
         PAGE.write_text(text, encoding="utf-8")
     print(text)
     return 1 if faults else 0
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Row]:
+    for peer in PEERS:
+        if options.host and peer.name not in options.host:
+            continue
+        if not options.adapted:
+            yield peer, "none", False
+        for mode in options.mode or MODES[1:]:
+            yield peer, mode, False
+            if mode != "back" and peer.factory:
+                yield peer, mode, True
+
+
+def _plain(rows: Sequence[Row]) -> list[Row]:
+    """The runs on models as they are that the others are held against, where they are not run now."""
+    return [row for peer in dict.fromkeys(row[0] for row in rows) if (row := (peer, "none", False)) not in rows]
+
+
+def _in_turn(rows: Sequence[Row], select: str, rounds: int | None) -> None:
+    """A chunk of every library and mode, then the next of each: a run that is cut short is a sample of them all."""
+    while rounds != 0:
+        before = _done(rows, select)
+        for peer, mode, control in rows:
+            run(peer, mode, select, 1, control=control)
+        if _done(rows, select) == before:
+            return
+        rounds = rounds and rounds - 1
+
+
+def _done(rows: Sequence[Row], select: str) -> list[tuple[int, bool]]:
+    found = [read(result_file(peer, mode, select, control)) for peer, mode, control in rows]
+    return [(len(one.outcomes), one.finished) for one in found]
 
 
 def _parser() -> argparse.ArgumentParser:
