@@ -163,7 +163,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def _folder(found: dict[str, Any], patch: str, when: str) -> str:
     """The mean fidelity of class and patch map on the held-out images of the folder that is learned from."""
-    rows = [row for row in found.get("folder", []) if row["patch_size"] == f"{patch}x{patch}"]
+    rows = [row for row in found.get("folder") or [] if row["patch_size"] == f"{patch}x{patch}"]
     return f"{(rows[0][f'fidelity_{when}'] + rows[0][f'patch_fidelity_{when}']) / 2:.3f}" if rows else ""
 
 
