@@ -359,6 +359,14 @@ def test_a_wrapper_of_the_users_own_sees_the_new_configuration() -> None:
 # -- what must follow ---------------------------------------------------------------------------------------
 
 
+def test_a_plan_shows_of_long_records_what_differs() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=3)
+    shown = {change.name: (change.old, change.new) for change in make_plan(model, 32).changes}
+    assert shown["feature_info"] == ([{"reduction": 16}], [{"reduction": 32}])
+    assert shown["_model_args"] == ({}, {"patch_size": 32})
+    assert shown["patch_embed.grid_size"] == ((14, 14), (7, 7))
+
+
 def test_attributes_follow() -> None:
     model = vit()
     anypatch.adapt(model, (8, 32))

@@ -259,7 +259,8 @@ class _Binder:
                 continue  # another module stands in its place
             value = self.merger.merge(vars(live).get(edit.name, MISSING), edit.before, edit.after)
             self.attributes.append(SetAttribute(live, edit.name, value))
-        self.changes.append(Change(edit.full, "attribute", _brief(edit.before), _brief(edit.after)))
+        old, new = _apart(edit.before, edit.after)
+        self.changes.append(Change(edit.full, "attribute", _brief(old), _brief(new)))
 
     def _cache(self, edit: CacheEdit, lives: list[nn.Module]) -> None:
         for live in lives:
@@ -367,9 +368,28 @@ def _is_cache(live: Any, initial: Any) -> bool:
     return False
 
 
+def _apart(old: Any, new: Any) -> tuple[Any, Any]:
+    """Only what differs between two records or lists of records: a whole one is too long to be read."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        same = {key for key in old.keys() & new.keys() if repr(old[key]) == repr(new[key])}
+        pairs = {key: _apart(old[key], new[key]) for key in (old.keys() & new.keys()) - same}
+        before = {key: pairs[key][0] if key in pairs else value for key, value in old.items() if key not in same}
+        return before, {key: pairs[key][1] if key in pairs else v for key, v in new.items() if key not in same}
+    if (
+        isinstance(old, list)
+        and isinstance(new, list)
+        and len(old) == len(new)
+        and any(isinstance(v, dict) for v in old)
+    ):
+        found = [_apart(a, b) for a, b in zip(old, new, strict=True) if repr(a) != repr(b)]
+        once = {repr(pair): pair for pair in found}.values()  # of every block the same
+        return [pair[0] for pair in once], [pair[1] for pair in once]
+    return old, new
+
+
 def _brief(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    if isinstance(value, (int, float, str, tuple, list, type(None))) and len(repr(value)) < 80:
+    if isinstance(value, (int, float, str, tuple, list, dict, type(None))) and len(repr(value)) < 80:
         return value
     return type(value).__name__
