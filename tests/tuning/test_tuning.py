@@ -646,6 +646,18 @@ def test_a_model_of_any_image_size_is_tuned_at_the_one_that_is_named(
     assert anypatch.geometry(model).patch_size == ((4, 4) if isinstance(patches, tuple) else (patches, patches))
 
 
+def test_the_home_directory_as_output(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    result = anypatch.tune(vit(), images=photos, patch_size=8, steps=1, learning_rate=1e-3, output="~/tuned", **OPTIONS)
+    result.to_html("~/report.html")
+    assert not list((tmp_path / "work").iterdir())
+    assert {"tune.json", "report.html", "model.safetensors"} <= {p.name for p in (tmp_path / "home/tuned").iterdir()}
+    assert (tmp_path / "home/report.html").is_file()
+
+
 def test_output_that_cannot_be_written(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError):

@@ -35,7 +35,7 @@ class Asked:
     batch_size: int
     seed: int
     precision: str | None
-    output: str | Path | None
+    output: Path | None
     resume: bool
 
     def require(self) -> None:

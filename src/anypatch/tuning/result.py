@@ -13,6 +13,7 @@ from torch import nn
 
 from anypatch.errors import AnypatchError
 from anypatch.files.atomic import replacing_file
+from anypatch.files.paths import place
 from anypatch.report.measurements import Sample
 from anypatch.report.svg import Point, curve
 from anypatch.report.templating import picture_data, render
@@ -116,7 +117,7 @@ class TuneResult:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report: one file that opens without a network."""
-        target = Path(path)
+        target = place(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         points = [
             Point(step, sum(looked.values()) / len(looked), str(step), f"step {step}", front=True)
@@ -139,7 +140,7 @@ class TuneResult:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``tune.json``, ``tune.csv`` and ``report.html`` into a folder."""
-        target = Path(folder)
+        target = place(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name, text in (("tune.json", json.dumps(self.to_dict(), indent=2) + "\n"), ("tune.csv", self.to_csv())):
             with replacing_file(target / name) as file:

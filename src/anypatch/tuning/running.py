@@ -22,6 +22,7 @@ from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
 from anypatch.errors import CheckpointError, DataError, GeometryError, UnsupportedModelError
 from anypatch.files.atomic import replacing_file
+from anypatch.files.paths import given
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.loading import load_model
 from anypatch.measure.preprocess import preprocess_of
@@ -118,13 +119,14 @@ def tune(
         UnsupportedModelError: a model that cannot be adapted, or whose features cannot be read.
         CheckpointError: nothing to resume, or another run's; or ``output`` cannot be written.
     """
+    folder = None if output is None else given(output, "output")
     asked = Asked(patch_size, image_size, keep, kernel, positions, minutes, steps, learning_rate, lora, batch_size,
-                  seed, precision, output, resume)  # fmt: skip
+                  seed, precision, folder, resume)  # fmt: skip
     asked.require()
     began = time.monotonic()
     team = Team(device)
-    if output is not None:
-        team.lead(lambda: _require_writable(Path(output)))
+    if folder is not None:
+        team.lead(lambda: _require_writable(folder))
     source = model if isinstance(model, nn.Module) else str(model)
     user = source if isinstance(source, nn.Module) else load_model(source, host_kwargs.pop("arch", None), host_kwargs)
     subject = describe(user)
@@ -135,8 +137,8 @@ def tune(
     with shown_progress(progress if team.leads else False) as shown:
         run = Run(asked, user, subject, targets, opened, used, team, workers, shown, began)
         result = run.result()
-    if output is not None:
-        team.lead(lambda: _write(result, Path(output)))
+    if folder is not None:
+        team.lead(lambda: _write(result, folder))
     return result
 
 
@@ -178,8 +180,7 @@ class Run:
         trainer.freeze_unreached()
         start = kept(pair.student)
         key = {**self.asked.key(), "images": self.opened.train.fingerprint(), "weights": digest(pair.student)}
-        output = None if self.asked.output is None else Path(self.asked.output)
-        checkpoint = Checkpoint(output, key)
+        checkpoint = Checkpoint(self.asked.output, key)
         maps, accuracies = pair.maps(SHOWN), self._accuracies(pair)
         state = self._state(trainer, checkpoint)
         trainer.run(state, checkpoint)
@@ -359,7 +360,7 @@ def _require_writable(output: Path) -> None:
     Raises:
         CheckpointError: it is a file, or cannot be written.
     """
-    made = [place for place in (output, *output.parents) if not place.exists()]
+    made = [above for above in (output, *output.parents) if not above.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
         with replacing_file(output / PROBE) as file:
@@ -368,9 +369,9 @@ def _require_writable(output: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write to {output}: {error.strerror or error}") from error
     finally:
-        for place in made:
+        for above in made:
             with contextlib.suppress(OSError):
-                place.rmdir()
+                above.rmdir()
 
 
 def _teacher_size(model: nn.Module, native: Geometry, image_size: ImageSizeLike | None) -> Any:
