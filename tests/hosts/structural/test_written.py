@@ -92,6 +92,8 @@ WRITTEN: dict[str, tuple[Use, str]] = {
     "a list": (lambda s, x, t: t[:, list(range(1, 17))].mean(1), SIXTEEN),
     "places": (lambda s, x, t: t.index_select(1, torch.arange(1, 17)).mean(1), SIXTEEN),
     "rows": (lambda s, x, t: t[:, 1:].mT.unflatten(2, (-1, 4))[:, :, :4].mean((2, 3)), "takes 4 of 9"),
+    "row by row": (lambda s, x, t: sum(t[:, 4 * i + 1 : 4 * i + 5].mean(1) for i in range(4)), SIXTEEN),
+    "a few channels": (lambda s, x, t: t[:, 1:, :16].mT.reshape(len(t), -1, 4, 4).mean((1, 2)), "on the grid of 4x4"),
     "the grid": (lambda s, x, t: t[:, 1:].mT.reshape(len(t), -1, 4, 4).mean((1, 2)), r"on the grid of 4x4"),
     "a crop of the image": (lambda s, x, t: t.mean() + x[..., :64, :64].mean(), "takes 64 of 96, where"),
 }  # fmt: skip
@@ -134,7 +136,19 @@ def test_a_written_patch_is_refused(written: str, kind: str) -> None:
     anypatch.adapt(KINDS[kind](WINDOWS[written]).eval(), image_size=96)  # the patch stays what it is
 
 
+def _most(x: Tensor, number: int) -> Tensor:
+    places = x.norm(dim=-1).topk(number, 1).indices
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _in_rounds(s: Any, x: Tensor, t: Tensor) -> Tensor:
+    return torch.stack([t[:, i : i + 16].sum(1) for i in range(0, t.shape[1], 16)]).sum(0)
+
+
 STAYS: dict[str, Use] = {
+    "as many as a row": lambda s, x, t: t[:, :4].mean(1) + t[:, torch.arange(4)].mean(1) + t.narrow(1, 1, 4).mean(1),
+    "those of most weight": lambda s, x, t: _most(t[:, 1:], 4).mean(1),
+    "in rounds": _in_rounds,
     "the class token": lambda s, x, t: t[:, 0],
     "all but the first": lambda s, x, t: t[:, 1:].mean(1),
     "half of them": lambda s, x, t: t[:, :8].mean(1),
@@ -161,6 +175,56 @@ def test_what_is_taken_whatever_the_number_is_no_obstacle(use: str, kind: str) -
         fresh.load_state_dict(inner.state_dict())  # a model built at that geometry
         x = torch.randn(2, 3, *sides.image_size)
         assert torch.equal(model(x), STAYS[use](direct, x, fresh.forward_features(x)))
+
+
+CHANNELS: dict[str, Use] = {
+    "of one token": lambda s, x, t: t[:, 0, :16].reshape(-1, 4, 4).softmax(-1).mean(1),
+    "of each": lambda s, x, t: t[..., :16].reshape(*t.shape[:2], 4, 4).softmax(-1).mean(1),
+}
+
+
+@pytest.mark.siblings(fast=2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_as_many_channels_as_tokens_are_laid_out_whatever_the_grid(channels: str, kind: str) -> None:
+    use = CHANNELS[channels]
+    model = KINDS[kind](use).eval()
+    anypatch.adapt(model, image_size=(32, 128))
+    x = torch.randn(2, 3, 32, 128)
+    inner = model.model if isinstance(model, Around) else model
+    assert torch.equal(model(x), use(model, x, inner.forward_features(x)))
+    tokens_as_square = KINDS[kind](lambda s, x, t: t[:, 1:].mT.reshape(len(t), -1, 4, 4).amax(3).mean((1, 2))).eval()
+    refused(tokens_as_square, "square grid|grid of 4x4", image_size=(32, 128))
+
+
+def test_a_side_of_the_image_that_is_the_number_of_tokens_is_cut_by_the_patch() -> None:
+    def patches(self: Any, x: Tensor, tokens: Tensor) -> Tensor:
+        (n, c, h, w), p = x.shape, self.model.patch_embed.patch_size[0]
+        return tokens.mean(1)[:, :3] + x.reshape(n, c, h // p, p, w // p, p).std((3, 5)).mean((2, 3))
+
+    model = Around(vit(64, 8), patches).eval()
+    anypatch.adapt(model, image_size=(64, 128))
+    x = torch.randn(2, 3, 64, 128)
+    inner: Any = model.model
+    assert torch.equal(model(x), patches(model, x, inner.forward_features(x)))
+
+
+@pytest.mark.siblings(fast=2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [True, False])
+def test_queries_beside_the_tokens_are_taken_by_their_number(first: bool, kind: str) -> None:
+    def use(self: Any, x: Tensor, tokens: Tensor) -> Tensor:
+        queries = self.queries.expand(len(x), -1, -1)
+        both = torch.cat([queries, tokens] if first else [tokens, queries], 1)
+        mixed = (both @ both.mT / 48).softmax(-1) @ both
+        return mixed[:, :16] if first else mixed[:, -16:]
+
+    for ask in ({"image_size": 96}, {"patch_size": 32}):
+        model = KINDS[kind](use, queries=nn.Parameter(torch.randn(1, 16, 48))).eval()
+        anypatch.adapt(model, **ask)
+        x = torch.randn(2, 3, *anypatch.geometry(model).image_size)
+        inner = model.model if isinstance(model, Around) else model
+        assert torch.equal(model(x), use(model, x, inner.forward_features(x)))
 
 
 # -- what has the number of tokens by chance ---------------------------------------------------------------

@@ -86,7 +86,7 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
         if _shrinks(shape, now, old, new):
             shown = f"{shape}, as large as the image, and would become {now} for an image of {show(new.image_size)}"
             raise _kept(plan, f"{shown}: {told}", name, "change what enlarges its tokens")
-    _require_nothing_written(plan, before, after)
+    _require_nothing_written(plan, run, before, after, remake)
     if squared and math.isqrt(math.prod(new.grid or ())) ** 2 == math.prod(new.grid or ()):
         _require_no_root(run, remake, plan, before.shapes)
 
@@ -216,14 +216,24 @@ def _require_no_doubt(plan: Plan) -> None:
         raise plan.doubts[0].error
 
 
-def _require_nothing_written(plan: Plan, before: Run, after: Run) -> None:
+def _require_nothing_written(
+    plan: Plan, run: Rehearsal, before: Run, after: Run, remake: Callable[[Geometry], Plan | None]
+) -> None:
     """Raises UnsupportedModelError: people's own code takes apart by numbers of the present geometry."""
-    what = written_number(before.trace, after.trace, plan.subject.geometry, plan.target)
-    if what is not None:
-        raise UnsupportedModelError(
-            f"{what}, and would do the same at patch {show(plan.target.patch_size)} and image "
-            f"{show(plan.target.image_size)}: write it by the sizes of its tensors before adapting"
-        )
+    old, new = plan.subject.geometry, plan.target
+    what = written_number(before.trace, after.trace, old, new)
+    if what is None:
+        return
+    if old.grid is not None and new.grid is not None and math.prod(old.grid) == math.prod(new.grid):
+        probe = with_grid(new, one_more(new.grid))  # as many channels as tokens, laid out or not, are told by no shape
+        with contextlib.suppress(AnypatchError):
+            further = run.at(remake(probe), probe)
+            if isinstance(further, Run) and written_number(before.trace, further.trace, old, probe) is None:
+                return
+    raise UnsupportedModelError(
+        f"{what}, and would do the same at patch {show(plan.target.patch_size)} and image "
+        f"{show(plan.target.image_size)}: write it by the sizes of its tensors before adapting"
+    )
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------

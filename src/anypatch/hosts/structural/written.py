@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from anypatch.core.geometry import Geometry, Size, show
 from anypatch.core.traces import Cut, Reshaped, Site, Trace, Windows
@@ -19,7 +20,7 @@ Shown = TypeVar("Shown", Cut, Windows, Reshaped)
 def written_number(before: Trace, after: Trace, old: Geometry, new: Geometry) -> str | None:
     """What a run at another geometry takes apart as the present one has it, for a message; ``None`` if nothing."""
     found = itertools.chain(
-        _cuts(_own(before.cuts), _own(after.cuts), old),
+        _cuts(_own(before.cuts), _own(after.cuts), old, new),
         _windows(_own(before.windows), _own(after.windows), old, new),
         _layouts(_own(before.reshaped), _own(after.reshaped), old, new),
     )
@@ -30,22 +31,44 @@ def _own(shown: Sequence[Shown]) -> list[Shown]:
     return [each for each in shown if each.site.module.partition(".")[0] not in KNOWN]
 
 
-def _cuts(before: list[Cut], after: list[Cut], old: Geometry) -> Iterator[str]:
+def _cuts(before: list[Cut], after: list[Cut], old: Geometry, new: Geometry) -> Iterator[str]:
     """All tokens, all rows or the whole image were taken by their number, and the same number is no longer all."""
-    sides = {*counts(old), *(old.grid or ())[-2:], *(old.image_size or ())[-2:]}
-    earlier = _by_key(before)
-    for key, cuts in _by_key(after).items():
-        for was, now in zip(earlier.get(key, []), cuts, strict=False):
-            if was.kept in sides and was.kept > TELLING and (was.before, was.after) != (now.before, now.after):
-                length = now.before + now.kept + now.after
-                yield _told(now.site, f"takes {now.kept} of {length}, where it takes all now")
+    earlier = _by_axis(before)
+    for (site, length), cuts in _by_axis(after).items():
+        for (place, present), same in earlier.items():
+            if place != site or not {cut.asked for cut in same} & {cut.asked for cut in cuts}:
+                continue
+            was, now = _taken(same, present), _taken(cuts, length)
+            if _is_all(was, present, length, old, new) and (was.before, was.after) != (now.before, now.after):
+                yield _told(site, f"takes {now.kept} of {length}, where it takes all now")
 
 
-def _by_key(cuts: Iterable[Cut]) -> dict[tuple[Any, ...], list[Cut]]:
-    found: dict[tuple[Any, ...], list[Cut]] = defaultdict(list)
+def _by_axis(cuts: Iterable[Cut]) -> dict[tuple[Site, int], list[Cut]]:
+    found: dict[tuple[Site, int], list[Cut]] = defaultdict(list)
     for cut in cuts:
-        found[cut.asked, cut.site].append(cut)
+        found[cut.site, cut.before + cut.kept + cut.after].append(cut)
     return found
+
+
+def _taken(cuts: list[Cut], length: int) -> Cut:
+    """What a line takes of an axis in all its rounds, as one part."""
+    places = {place for cut in cuts for place in range(cut.before, cut.before + cut.kept)}
+    ends = (min(places), length - 1 - max(places)) if places else (length, 0)
+    return Cut((), len(places), *ends, cuts[0].site)
+
+
+def _is_all(was: Cut, length: int, following: int, old: Geometry, new: Geometry) -> bool:
+    """Whether all of a side or of the tokens was taken, perhaps without what stands beside them on the same axis.
+
+    As many of something else are no such: the registers on the axis of tokens, those that are looked at most.
+    """
+    pairs = [*zip(counts(old), counts(new), strict=True)]
+    for a, b in ((old.grid, new.grid), (old.image_size, new.image_size)):
+        pairs += zip((a or ())[-2:], (b or ())[-2:], strict=False)
+    left = length - was.kept
+    if was.kept <= TELLING or left != was.before + was.after or left in counts(old):
+        return False
+    return any(was.kept == a and (left == 0 or following - length == b - a) for a, b in pairs)
 
 
 def _windows(before: list[Windows], after: list[Windows], old: Geometry, new: Geometry) -> Iterator[str]:
@@ -85,12 +108,19 @@ def _layouts(before: list[Reshaped], after: list[Reshaped], old: Geometry, new: 
 def _lays_out(reshaped: Reshaped, grid: Geometry, at: Geometry) -> bool:
     """Whether an axis of the tokens of one geometry becomes the two axes of another's grid."""
     sides = (grid.grid or ())[-2:]
-    tokens = counts(at)[0]
-    if min(sides) < TELLING or tokens not in reshaped.before or tokens in reshaped.after:
+    tokens, before, after = counts(at)[0], reshaped.before, reshaped.after
+    if min(sides) < TELLING or tokens not in before or _count((at.image_size or ())[-2:], before):
         return False
-    if reshaped.after[0] == reshaped.before[0] * tokens:  # each on its own
+    starts = {math.prod(before[:i]) for i, length in enumerate(before) if length == tokens}
+    if at != grid and any(length == tokens and math.prod(after[:i]) in starts for i, length in enumerate(after)):
+        return False  # they stay what they are
+    if after[0] == before[0] * tokens:  # each on its own
         return False
-    return any(reshaped.after[i : i + 2] == sides for i in range(len(reshaped.after) - 1))
+    return _count(sides, after) > _count(sides, before)
+
+
+def _count(sides: Size, shape: Size) -> int:
+    return sum(shape[i : i + 2] == sides for i in range(len(shape) - 1))
 
 
 def _patchifies(reshaped: Reshaped, patch: Geometry, at: Geometry) -> bool:
