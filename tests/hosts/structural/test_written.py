@@ -209,6 +209,18 @@ def test_a_side_of_the_image_that_is_the_number_of_tokens_is_cut_by_the_patch() 
     assert torch.equal(model(x), patches(model, x, inner.forward_features(x)))
 
 
+def test_channels_beside_the_rows_are_no_side_of_the_grid() -> None:
+    def few(self: Any, x: Tensor, tokens: Tensor) -> Tensor:
+        grid = tokens[:, 1:, :8].mT.unflatten(2, self.model.patch_embed.grid_size)  # (n, 8, 8, 16)
+        return grid.amax(3).mean(2)
+
+    model = Around(vit(64, 8), few).eval()
+    anypatch.adapt(model, image_size=(64, 128))
+    x = torch.randn(2, 3, 64, 128)
+    inner: Any = model.model
+    assert torch.equal(model(x), few(model, x, inner.forward_features(x)))
+
+
 @pytest.mark.siblings(fast=2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", [True, False])

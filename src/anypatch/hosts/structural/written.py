@@ -116,7 +116,8 @@ def _lays_out(reshaped: Reshaped, grid: Geometry, at: Geometry) -> bool:
         return False  # they stay what they are
     if after[0] == before[0] * tokens:  # each on its own
         return False
-    return _count(sides, after) > _count(sides, before)
+    kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+    return _count(sides, after[kept:]) > _count(sides, before[kept:])
 
 
 def _count(sides: Size, shape: Size) -> int:
