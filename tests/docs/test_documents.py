@@ -22,18 +22,8 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        # the README for every change; the pages, which take minutes each, with the longest
-        pytest.param(
-            path,
-            marks=pytest.mark.slow if path.name == "README.md" else pytest.mark.long,
-            id=str(path.relative_to(ROOT)),
-        )
-        for path in DOCUMENTS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
 def test_document_runs(document: Path) -> None:
     _run(document)
 

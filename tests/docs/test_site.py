@@ -86,7 +86,7 @@ def test_notebooks_were_executed_and_did_not_fail():
         assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks_run(path: Path, tmp_path: Path) -> None:
     from build_site import execute
