@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -153,3 +154,26 @@ def test_layers_over_tokens_stay_refused(kind: type[Vit], sizes: dict[str, Any])
 def test_tokens_put_into_a_fixed_number_of_places_stay_refused(read: Any, sizes: dict[str, Any], width: int) -> None:
     with pytest.raises(AnypatchError, match=r"keeps the (number of tokens|grid)"):
         anypatch.adapt(Vit(64, 8, width, 96, 4, read).eval(), **sizes)
+
+
+class Decoder(nn.Module):
+    """A segmentation head around timm's ViT; its 64 tokens are as many as the image has rows."""
+
+    def __init__(self, image: tuple[int, int] = (64, 64)) -> None:
+        super().__init__()
+        self.vit = timm.create_model("vit_tiny_patch16_224", img_size=image, patch_size=8, depth=1, num_classes=0)
+        self.head = nn.Conv2d(192, 16, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.vit.forward_features(pixels)[:, 1:]
+        found = self.head(tokens.mT.unflatten(-1, self.vit.patch_embed.grid_size))
+        return nn.functional.interpolate(found, size=pixels.shape[-2:])
+
+
+@pytest.mark.parametrize("image", [(32, 128), (64, 128), (32, 64)])
+def test_a_side_of_the_image_that_is_as_long_as_there_are_tokens_is_no_obstacle(image: tuple[int, int]) -> None:
+    model = anypatch.adapt(Decoder().eval(), image_size=image)
+    built = Decoder(image).eval()
+    built.load_state_dict(model.state_dict())
+    pixels = torch.randn(1, 3, *image, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(pixels), built(pixels))

@@ -264,9 +264,15 @@ def _stale(before: Size, after: Size, old: Geometry, new: Geometry) -> tuple[str
             if count > TELLING**2 and count in before[1:]:
                 i = before.index(count, 1)
                 others = [(x, y) for x, y in _axes(before, after, i, 1) if x != y]
-                if after[i] == count and others:
+                if after[i] == count and others and not _is_image(before, after, i, old, new):
                     return f"the number of tokens ({count})", not _follow(before, after, others, old, new)
     return "", True
+
+
+def _is_image(before: Size, after: Size, axis: int, old: Geometry, new: Geometry) -> bool:
+    """Whether an axis is a side of a map as large as the image, which is as long as there were tokens by chance."""
+    sizes = [g.image_size[-2:] if g.image_size is not None else None for g in (old, new)]
+    return any([before[i : i + 2], after[i : i + 2]] == sizes for i in (axis - 1, axis))
 
 
 def _axes(before: Size, after: Size, start: int, count: int) -> Iterator[tuple[int, int]]:
