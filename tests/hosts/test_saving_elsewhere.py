@@ -16,12 +16,7 @@ from torch import nn
 
 import anypatch
 from anypatch import UnsupportedModelError
-
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-def _transformers() -> nn.Module:
-    return transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **SMALL)).eval()
+from tests.builders import transformers_model
 
 
 def _torchvision() -> nn.Module:
@@ -32,7 +27,7 @@ def _timm() -> nn.Module:
     return timm.create_model("test_vit").eval()
 
 
-MAKES = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}
+MAKES = {"timm": _timm, "transformers": transformers_model, "torchvision": _torchvision}
 
 
 @pytest.fixture
@@ -114,11 +109,11 @@ def test_sharded_models(
 def test_gathered_values_are_saved(tmp_path: Path, group: None) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    model, pixels = _transformers(), torch.randn(1, 3, 32, 32)
+    model, pixels = transformers_model(), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         wanted = model(pixels).last_hidden_state
         _refused(_whole(model), tmp_path, "get_model_state_dict with full_state_dict=True")
-        gathered = _transformers()
+        gathered = transformers_model()
         gathered.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
         anypatch.save(gathered, tmp_path / "out")
         found = transformers.ViTModel.from_pretrained(tmp_path / "out").eval()(pixels).last_hidden_state
@@ -185,8 +180,8 @@ def test_offloaded_models_once_their_hooks_are_off(tmp_path: Path, make: Callabl
 
 def test_what_transformers_loaded_to_a_disk_it_writes_itself(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    plain = _transformers()
-    plain.save_pretrained(tmp_path / "in")  # type: ignore[operator]
+    plain = transformers_model()
+    plain.save_pretrained(tmp_path / "in")
     places = {"": "disk"}
     model = transformers.ViTModel.from_pretrained(tmp_path / "in", device_map=places, offload_folder=tmp_path / "disk")
     assert all(parameter.is_meta for parameter in model.parameters())

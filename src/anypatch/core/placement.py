@@ -29,6 +29,17 @@ GATHER = (
     "them into a model that is not sharded, and save that"
 )
 FETCH = "bring the model into memory before saving it"
+# What to do about a tensor that is no plain one, by what it is.
+ADAPTING = {
+    "shard": f": {SHARDED}",
+    "fake": ": adapt the model itself, outside of FakeTensorMode",
+    "layout": ": adapt the model with a dense tensor (tensor.to_dense()) in its place",
+}
+SAVING = {
+    "shard": f": {GATHER}",
+    "fake": ": save the model itself, outside of FakeTensorMode",
+    "layout": ", which no library's format holds: put a dense tensor (tensor.to_dense()) in its place before saving",
+}
 
 
 @dataclass(frozen=True)
@@ -95,21 +106,28 @@ UNHOOK = f"{FETCH} (accelerate.hooks.remove_hook_from_module(model, recurse=True
 
 def _require_written(name: str, tensor: Tensor) -> None:
     """A tensor has values, all of them: what a quantiser keeps in other tensors, its library writes."""
-    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        raise UnsupportedModelError(f"{name} is sharded over a device mesh ({type(tensor).__name__}): {GATHER}")
-    if getattr(tensor, "_is_flat_param", False):
-        raise UnsupportedModelError(f"{name} is a flat parameter of several layers: {GATHER}")
-    if any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
-        raise UnsupportedModelError(
-            f"{name} is a FakeTensor, which has no values: save the model itself, outside of FakeTensorMode"
-        )
+    _require_plain(name, tensor, SAVING)
     if tensor.is_meta:
         raise UnsupportedModelError(f"{name} is on the meta device, which holds no values: {FETCH}")
-    if tensor.layout != torch.strided:
-        raise UnsupportedModelError(
-            f"{name} is stored as {tensor.layout}, which no library's format holds: put a dense tensor "
-            f"(tensor.to_dense()) in its place before saving"
-        )
+
+
+def _require_plain(name: str, tensor: Tensor, advice: dict[str, str]) -> None:
+    """A tensor is not a part of others, and holds numbers one after the other.
+
+    Args:
+        advice: what to do about each kind (``SAVING``, ``ADAPTING``).
+    """
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        kind, what = "shard", f"sharded over a device mesh ({type(tensor).__name__})"
+    elif getattr(tensor, "_is_flat_param", False):
+        kind, what = "shard", "a flat parameter of several layers"
+    elif any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
+        kind, what = "fake", "a FakeTensor, which has no values"
+    elif tensor.layout != torch.strided:
+        kind, what = "layout", f"stored as {tensor.layout}"
+    else:
+        return
+    raise UnsupportedModelError(f"{name} is {what}{advice[kind]}")
 
 
 def require_movable(root: nn.Module, touched: list[Touched], part: nn.Module | None, shared: bool) -> None:
@@ -162,25 +180,13 @@ def require_values(name: str, tensor: Tensor) -> None:
         UnsupportedModelError: it is a shard or a part of others, it is kept in other tensors, or it has no values; the
             message says in which order things work.
     """
-    kind = type(tensor).__name__
-    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        raise UnsupportedModelError(f"{name} is sharded over a device mesh ({kind}): {SHARDED}")
-    if getattr(tensor, "_is_flat_param", False):
-        raise UnsupportedModelError(f"{name} is a flat parameter of several layers: {SHARDED}")
-    if any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
-        raise UnsupportedModelError(
-            f"{name} is a FakeTensor, which has no values: adapt the model itself, outside of FakeTensorMode"
-        )
-    if tensor.layout != torch.strided:
-        raise UnsupportedModelError(
-            f"{name} is stored as {tensor.layout}: adapt the model with a dense tensor (tensor.to_dense()) in its place"
-        )
+    _require_plain(name, tensor, ADAPTING)
     try:
         tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedModelError(
-            f"{name} is a {kind}, which keeps its values in other tensors: adapt the model first, then quantize or "
-            f"convert it"
+            f"{name} is a {type(tensor).__name__}, which keeps its values in other tensors: adapt the model first, "
+            f"then quantize or convert it"
         ) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from anypatch.core.geometry import show
 from anypatch.tuning import schedule
 from anypatch.tuning.weights import kept, put_back
 
@@ -102,6 +101,5 @@ def _loss_after(trainer: Trainer, peak: float, steps: int) -> float:
     found = math.inf
     if all(map(math.isfinite, losses)):
         looked = trainer.pair.look()
-        weights = [trainer.balance.get(show(patch), 1.0) for patch in looked]
-        found = sum(f.loss * weight for f, weight in zip(looked.values(), weights, strict=True)) / len(looked)
+        found = sum(f.loss * trainer.weight(patch) for patch, f in looked.items()) / len(looked)
     return trainer.team.gather(found if math.isfinite(found) else math.inf)[0]  # all go on alike

@@ -151,6 +151,10 @@ class Trainer:
         if not trained(self.pair.student):
             raise UnsupportedModelError(f"{type(self.pair.student).__name__} has no parameter that its features need")
 
+    def weight(self, patch: Size) -> float:
+        """Of a patch size's loss beside the others'."""
+        return self.balance.get(show(patch), 1.0)
+
     def begin(self) -> dict[str, float]:
         """The fidelity at the start, by patch size, from which their losses are weighed."""
         self.begun = self.pair.look()
@@ -187,7 +191,7 @@ class Trainer:
             raise DataError(f"{self.batches.feed.images.name}: not one image of a batch can be read")
         total = torch.zeros(1, dtype=torch.float64)
         if batch is not None:
-            loss = self.pair.losses(patch, batch).sum() / count.item() * self.balance.get(show(patch), 1.0)
+            loss = self.pair.losses(patch, batch).sum() / count.item() * self.weight(patch)
             total += loss.item()
             (loss if scaler is None else scaler.scale(loss)).backward()
         self._summed([total])
