@@ -26,7 +26,7 @@ from anypatch.files.header import TYPE_NAMES, Header, read_header
 from anypatch.files.paths import given
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
-from anypatch.files.tensors import require_finite, tensor_bytes
+from anypatch.files.tensors import listed, require_finite, tensor_bytes
 from anypatch.hosts import cards, loading
 from anypatch.hosts.checkpoints import architecture, fit
 from anypatch.hosts.folders import without_formats
@@ -233,8 +233,8 @@ def _require_none_stale(folder: Path, written: set[str]) -> None:
     stale = sorted(e.name for e in folder.iterdir() if e.name not in written and not e.is_dir() and _stale(e.name))
     if stale:
         raise CheckpointError(
-            f"{folder} holds what would stay at the old geometry beside the converted weights ({_few(stale)}): remove "
-            f"it, or convert to another place"
+            f"{folder} holds what would stay at the old geometry beside the converted weights ({listed(stale, 5)}): "
+            f"remove it, or convert to another place"
         )
 
 
@@ -259,7 +259,7 @@ def _require_nothing_else(target: Path, written: set[str]) -> None:
     if others:
         tops = list(dict.fromkeys(_top(name, written) for name in sorted(others)))
         raise CheckpointError(
-            f"{target} holds more than the converted model ({_few(tops)}): choose another place, or remove it"
+            f"{target} holds more than the converted model ({listed(tops, 5)}): choose another place, or remove it"
         )
 
 
@@ -271,10 +271,6 @@ def _top(name: str, written: set[str]) -> str:
         if not any(path.startswith(f"{folder}/") for path in written):
             return folder
     return name
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _same(a: Path, b: Path) -> bool:
