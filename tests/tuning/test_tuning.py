@@ -476,7 +476,7 @@ def _work(rank: int, port: int, photos: Path, results: Any) -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
     port = free_port()
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")  # forked where gradients were computed before, none can be
     results = context.Queue()
     workers = [context.Process(target=_work, args=(rank, port, photos, results)) for rank in range(2)]
     for worker in workers:
@@ -485,7 +485,7 @@ def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
     begun = weights(model)
     alone = anypatch.tune(model, images=photos, patch_size=(2, 8), steps=6, learning_rate=1e-4, **OPTIONS)
     assert alone.gained  # or there is nothing to compare
-    rows, state = results.get(timeout=120)
+    rows, state = results.get(timeout=240)
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
