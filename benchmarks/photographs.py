@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import dinov2
 
@@ -66,6 +66,7 @@ CLASSES = {
     "instruments": ("hobbies/music",),
     "town": ("town/monuments", "town/houses", "town"),
 }
+BLUR = (0.01, 0.06)  # of what is out of focus, in shares of the side
 MAGIC = re.compile(rb"\xff\xd8\xff|RIFF....WEBP|\x89PNG\r\n\x1a\n", re.DOTALL)
 SMALLEST = 240  # pixels of a photograph's shorter side
 LEFT_OUT = {"cartoon", "symbols", "plastic", "flags", "roadsigns"}
@@ -193,6 +194,12 @@ def crops(paths: Sequence[Path], size: int, count: int, seed: int = 0) -> Iterat
         yield np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
 
 
+def out_of_focus(photograph: Pixels, draws: np.random.Generator) -> Pixels:
+    """Blurred, from softly to beyond recognition."""
+    radius = np.exp(draws.uniform(*np.log(BLUR))) * len(photograph)
+    return np.asarray(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(float(radius))))
+
+
 def light(size: int, count: int, seed: int = 0) -> Iterator[Pixels]:
     """Plain light backgrounds (size, size, 3) with a slight slope, as on a photographer's table."""
     draws = np.random.default_rng(seed)
@@ -218,11 +225,21 @@ def paste(background: Pixels, stamp: Stamp, draws: np.random.Generator) -> tuple
 
 
 def scenes(
-    members: Sequence[Stamp], size: int, on: Sequence[Path] | None = None, seed: int = 0
+    members: Sequence[Stamp], size: int, on: Sequence[Path] | None = None, seed: int = 0, blurred: bool = False
 ) -> tuple[list[Pixels], list[Mask], list[str]]:
-    """One image of each stamp, on light backgrounds or on crops of ``on``: images, masks and classes."""
+    """One image of each stamp: images, masks and classes.
+
+    Args:
+        members: stamps.
+        size: of the images.
+        on: photographs whose crops are behind them; light backgrounds if not given.
+        seed: of places, sizes and backgrounds.
+        blurred: whether what is behind is out of focus, as it is behind what is photographed from near.
+    """
     draws = np.random.default_rng(seed)
     behind = light(size, len(members), seed) if on is None else crops(on, size, len(members), seed)
+    if blurred:
+        behind = (out_of_focus(background, draws) for background in behind)
     pasted = [paste(background, stamp, draws) for background, stamp in zip(behind, members, strict=True)]
     return [image for image, _ in pasted], [mask for _, mask in pasted], [stamp.label for stamp in members]
 

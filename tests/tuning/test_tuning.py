@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -761,26 +762,31 @@ def test_two_processes_share_a_batch_and_one_that_begins_later_makes_the_same(ph
             assert torch.equal(every.said.features.patches[rank::2], half.said.features.patches)
 
 
-def test_what_is_lost_at_each_patch_size_counts_as_a_share_of_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses: list[tuple[str, float, float]] = []
+def test_every_step_asks_all_patch_sizes_each_for_its_share(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost at each counts as a share of it; grids of 64, 16 and 4 tokens are seen by 1, 2 and 4 of 7 images."""
+    losses: list[tuple[list[str], list[float], float]] = []
     one, alone = Trainer.step, Pair.losses
 
     def step(self: Trainer, number: int, batch: Any, *rest: Any) -> float:
-        patch = self.patch_at(number)
+        sizes = self.seen_at(number)
         with torch.no_grad():
-            mean = alone(self.pair, patch, batch).mean().item()
+            plain = [alone(self.pair, patch, batch, [image]).item() for image, patch in enumerate(sizes)]
         found = one(self, number, batch, *rest)
-        losses.append((f"{patch[0]}x{patch[1]}", mean, found))
+        losses.append(([f"{patch[0]}x{patch[1]}" for patch in sizes], plain, found))
         return found
 
     monkeypatch.setattr(Trainer, "step", step)
-    result = anypatch.tune(vit(), images=photos, patch_size=(4, 8, 16), steps=12, learning_rate=1e-5, **OPTIONS)
+    result = anypatch.tune(vit(), images=photos, patch_size=(4, 8, 16), steps=14, learning_rate=1e-5, **OPTIONS)
     lost = {patch: 1 - found for patch, found in result.curve[0][1].items()}
-    mean = sum(lost.values()) / 3
-    assert {patch for patch, *_ in losses} == {"4x4", "8x8", "16x16"}
-    for patch, plain, weighted in losses:
-        expected = 4.0 if patch == "4x4" else min(mean / lost[patch], 4.0)
-        assert weighted == pytest.approx(expected * plain, rel=1e-3, abs=1e-6), patch
+    mean, times = sum(lost.values()) / 3, {"4x4": 7 / 3, "8x8": 7 / 6, "16x16": 7 / 12}
+    weights = {patch: times[patch] * (4.0 if patch == "4x4" else min(mean / lost[patch], 4.0)) for patch in lost}
+    for sizes, plain, found in losses:
+        expected = sum(weights[patch] * loss for patch, loss in zip(sizes, plain, strict=True)) / 8
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    seen = Counter(patch for sizes, *_ in losses for patch in sizes)
+    for patch, images in {"4x4": 16, "8x8": 32, "16x16": 64}.items():
+        assert abs(seen[patch] - images) <= 3, seen  # 14 steps of 8 images
+    assert all(set(sizes) == set(weights) for sizes, *_ in losses)
 
 
 def test_result_and_report(photos: Path, tmp_path: Path) -> None:

@@ -17,13 +17,18 @@ KEPT = 12  # of the first batches: as many as a trial of the range test takes, w
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of a step: crops at each size, bytes (n, c, h, w), and what the teacher says of them."""
+    """This process's part of a step: crops at each size, bytes (n, c, h, w), and what the teacher says of them.
+
+    Attributes:
+        places: of the crops in the whole batch, which all processes share.
+    """
 
     crops: dict[Size2, Tensor]
     said: Said
+    places: list[int]
 
     def __len__(self) -> int:
-        return len(self.said.features.pooled)
+        return len(self.places)
 
 
 @dataclass
@@ -60,8 +65,10 @@ class Batches:
         return found
 
     def _taught(self, row: list[list[Tensor] | None]) -> Batch | None:
-        read = [crops for crops in row if crops is not None]
+        read = {place: crops for place, crops in zip(self.feed.places, row, strict=True) if crops is not None}
         if not read:
             return None
-        crops = {size: torch.stack(each) for size, each in zip(self.sizes, zip(*read, strict=True), strict=True)}
-        return Batch(crops, self.teach(crops[self.sizes[0]]))
+        crops = {
+            size: torch.stack(each) for size, each in zip(self.sizes, zip(*read.values(), strict=True), strict=True)
+        }
+        return Batch(crops, self.teach(crops[self.sizes[0]]), list(read))

@@ -79,11 +79,12 @@ def tune(
     ((32, 32), '32x32')
 
     The teacher is the model as it is, frozen. The student is the adapted model, or, for several patch sizes, one set
-    of weights that every step looks at another patch size of (FlexiViT, arXiv:2212.08013). It learns the direction of
-    the teacher's pooled feature and patch features, of its tokens between some blocks, and its logits where it has a
-    classifier, on augmented crops. A fifth of the images is held out, and the weights with the best fidelity on them
-    are kept: the result is never worse there than the adapted model, neither in the pooled feature nor in the patch
-    map. Start it with ``accelerate launch`` to share the work among processes, and for mixed precision.
+    of weights that sees each image of a batch at a patch size of its own (FlexiViT, arXiv:2212.08013, draws one for a
+    whole step), fewer of them where they cost much. It learns the direction of the teacher's pooled feature and patch
+    features, of its tokens between some blocks, and its logits where it has a classifier, on augmented crops. A fifth
+    of the images is held out, and the weights with the best fidelity on them are kept: the result is never worse there
+    than the adapted model, neither in the pooled feature nor in the patch map. Start it with ``accelerate launch`` to
+    share the work among processes, and for mixed precision.
 
     Args:
         model: a live model, or what :func:`anypatch.load` takes. A live one is changed in place when all is done, and

@@ -31,6 +31,10 @@ class Said:
 
         return self._changed(lambda tensor: tensor.to("cpu", KEPT, copy=True), coarser)
 
+    def of(self, images: Sequence[int]) -> Said:
+        """Of some of the images, by their numbers."""
+        return self._changed(lambda tensor: tensor[list(images)], lambda patches: patches)
+
     def moved(self, device: torch.device) -> Said:
         """To compute with."""
         return self._changed(lambda tensor: tensor.to(device).float(), lambda patches: patches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 # AdamW without weight decay: the start is a solution already, and decay pulls away from it. A shorter memory of squares
@@ -48,6 +49,20 @@ def balance(fidelity: Mapping[str, float]) -> dict[str, float]:
     lost = {patch: max(1 - found, 0.0) for patch, found in fidelity.items()}
     mean = sum(lost.values()) / len(lost)
     return {patch: MOST if mean >= MOST * part else mean / part for patch, part in lost.items()}
+
+
+def shares(tokens: Mapping[str, int]) -> dict[str, float]:
+    """How much of a batch is seen at each patch size, from their numbers of tokens.
+
+    A pass costs about as much as it has tokens, and the mean over n images is as noisy as 1 / sqrt(n): for a given
+    cost the sum of several means is least noisy where each takes images as one over the root of its cost (Neyman,
+    "On the two different aspects of the representative method", 1934).
+
+    >>> {patch: round(share, 2) for patch, share in shares({"8x8": 784, "14x14": 256, "28x28": 64}).items()}
+    {'8x8': 0.16, '14x14': 0.28, '28x28': 0.56}
+    """
+    wanted = {patch: 1 / math.sqrt(count) for patch, count in tokens.items()}
+    return {patch: part / sum(wanted.values()) for patch, part in wanted.items()}
 
 
 def decay(steps: int) -> float:

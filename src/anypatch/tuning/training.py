@@ -95,13 +95,21 @@ class Pair:
             said = self.teacher.inside(crops) if self.inside else Said(self.teacher(crops))
         return said.to_keep(self.grid)
 
-    def losses(self, patch: Size, batch: Batch) -> Tensor:
-        """One loss per image of a batch."""
+    def losses(self, patch: Size, batch: Batch, images: Sequence[int]) -> Tensor:
+        """One loss for each of some images of a batch."""
         face = self.faces[patch]
-        crops = batch.crops[face.image_size]
+        crops = batch.crops[face.image_size][list(images)]
         with self.cast():
             found = face.inside(crops) if self.inside else Said(face(crops))
-        return distances(found, batch.said.moved(self.device)).loss
+        return distances(found, batch.said.of(images).moved(self.device)).loss
+
+    def tokens(self) -> dict[str, int]:
+        """Patches of an image at each patch size, which its pass costs about as much as."""
+        return {show(patch): math.prod(face.geometry.grid or (1,)) for patch, face in self.faces.items()}
+
+    def shares(self) -> dict[Size, float]:
+        """How much of a batch is seen at each patch size."""
+        return dict(zip(self.faces, schedule.shares(self.tokens()).values(), strict=True))
 
     @torch.no_grad()
     def maps(self, count: int) -> list[list[Tensor]]:
@@ -130,10 +138,18 @@ class Trainer:
     ended: dict[Size, Fidelity] | None = None  # and after the last step
     balance: dict[str, float] = field(default_factory=dict)  # weights of the patch sizes' losses; each 1 if not given
 
-    def patch_at(self, step: int) -> Size:
-        """The patch size of a step (FlexiViT draws one uniformly for each)."""
-        sizes = list(self.pair.faces)
-        return sizes[int(np.random.default_rng([self.batches.feed.seed, 2, step]).integers(len(sizes)))]
+    def seen_at(self, step: int) -> list[Size]:
+        """The patch size at which each image of a step's batch is seen.
+
+        FlexiViT draws one for a whole step. With a few hundred steps the optimizer then follows now one patch size, now
+        another; here each step asks all of them, for the same cost.
+        """
+        count, random = self.batches.feed.batch_size, np.random.default_rng([self.batches.feed.seed, 2, step])
+        shares = self.pair.shares()
+        ends = np.cumsum(list(shares.values()))
+        marks = (np.arange(count) + random.random()) / count  # in equal distances: each patch size has its share
+        sizes = [list(shares)[min(int(i), len(shares) - 1)] for i in np.searchsorted(ends, marks, side="right")]
+        return [sizes[i] for i in random.permutation(count)]
 
     def freeze_unreached(self) -> None:
         """Leave alone what no feature depends on, such as the text tower of a CLIP.
@@ -141,7 +157,7 @@ class Trainer:
         Raises:
             UnsupportedModelError: nothing can be trained.
         """
-        self._gradients(self.patch_at(0), self.batches[0], None, shared=False)
+        self._gradients(0, self.batches[0], None, shared=False)
         reached = torch.tensor([float(p.grad is not None) for p in trained(self.pair.student).values()])
         self._summed([reached])
         for (_, parameter), found in zip(trained(self.pair.student).items(), reached.tolist(), strict=True):
@@ -152,8 +168,10 @@ class Trainer:
             raise UnsupportedModelError(f"{type(self.pair.student).__name__} has no parameter that its features need")
 
     def weight(self, patch: Size) -> float:
-        """Of a patch size's loss beside the others'."""
-        return self.balance.get(show(patch), 1.0)
+        """Of an image's loss at a patch size: each patch size counts alike, however many images are seen at it, times
+        its balance."""
+        shares = self.pair.shares()
+        return self.balance.get(show(patch), 1.0) / (len(shares) * shares[patch])
 
     def begin(self) -> dict[str, float]:
         """The fidelity at the start, by patch size, from which their losses are weighed."""
@@ -169,7 +187,7 @@ class Trainer:
         """A step; its loss, the mean over the whole batch."""
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = self._gradients(self.patch_at(number), batch, scaler)
+        loss = self._gradients(number, batch, scaler)
         if not math.isfinite(loss):
             return loss
         if scaler is not None and scaler.is_enabled():
@@ -183,15 +201,16 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _gradients(self, patch: Size, batch: Batch | None, scaler: Any, shared: bool = True) -> float:
+    def _gradients(self, step: int, batch: Batch | None, scaler: Any, shared: bool = True) -> float:
         """Gradients of the mean loss over everyone's images: sums are shared, so that two processes do as one."""
         count = torch.tensor([0.0 if batch is None else float(len(batch))], dtype=torch.float64)
         self._summed([count])
         if not count.item():
             raise DataError(f"{self.batches.feed.images.name}: not one image of a batch can be read")
         total = torch.zeros(1, dtype=torch.float64)
-        if batch is not None:
-            loss = self.pair.losses(patch, batch).sum() / count.item() * self.weight(patch)
+        for patch, images in ({} if batch is None else self._groups(step, batch)).items():
+            assert batch is not None
+            loss = self.pair.losses(patch, batch, images).sum() / count.item() * self.weight(patch)
             total += loss.item()
             (loss if scaler is None else scaler.scale(loss)).backward()
         self._summed([total])
@@ -202,6 +221,13 @@ class Trainer:
                     parameter.grad = torch.zeros_like(parameter)
             self._summed([p.grad for p in parameters if p.grad is not None])
         return total.item()
+
+    def _groups(self, step: int, batch: Batch) -> dict[Size, list[int]]:
+        """Images of this process's part of a batch, by the patch size at which they are seen."""
+        sizes, found = self.seen_at(step), dict[Size, list[int]]()
+        for image, place in enumerate(batch.places):
+            found.setdefault(sizes[place], []).append(image)
+        return found
 
     def _summed(self, tensors: Sequence[Tensor]) -> None:
         if self.team.size == 1:
@@ -237,8 +263,9 @@ class Trainer:
 
     def look_steps(self) -> float:
         """How many steps a look at the held-out images costs as much as: it has no backward passes, and every face."""
-        images = sum(map(len, self.pair.held_out[self.pair.teacher.image_size]))
-        return images * len(self.pair.faces) / self.batches.feed.batch_size / (1 + schedule.BACKWARD)
+        images, tokens = sum(map(len, self.pair.held_out[self.pair.teacher.image_size])), self.pair.tokens().values()
+        image = sum(share * count for share, count in zip(self.pair.shares().values(), tokens, strict=True))
+        return images * sum(tokens) / (self.batches.feed.batch_size * image * (1 + schedule.BACKWARD))
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
