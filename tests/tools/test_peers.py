@@ -211,7 +211,7 @@ def test_libraries_and_modes_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """What a run that is cut short has done is spread over all of them."""
     from peers import __main__ as peers
 
-    first, second = Peer("first", "timm", ()), Peer("second", "timm", (), factory=False)
+    first, second = Peer("first", "timm", ()), Peer("second", "timm", ())
     monkeypatch.setattr(peers, "PEERS", (first, second))
     monkeypatch.setattr(running, "CACHE", tmp_path)
     left = {("first", "none"): 3, ("first", "grid"): 2, ("first", "grid, built"): 0, ("second", "grid"): 1}

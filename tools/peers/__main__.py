@@ -58,7 +58,7 @@ def _rows(options: argparse.Namespace) -> Iterator[Row]:
             yield peer, "none", False
         for mode in options.mode or MODES[1:]:
             yield peer, mode, False
-            if mode != "back" and peer.factory:
+            if mode != "back":
                 yield peer, mode, True
 
 

@@ -47,8 +47,12 @@ def mode() -> str:
     return os.environ.get("ANYPATCH_PEERS", "none")
 
 
-def adapted(model: Any) -> Any:
+def adapted(model: Any, record: bool = True) -> Any:
     """The model, adapted as the mode says where it can be; twins and models inside models are left alone.
+
+    Args:
+        model: what a test has built.
+        record: whether that is told of the test; it is not of a model that only stands by.
 
     Raises:
         AnypatchError: it cannot be taken back, although it could be taken away.
@@ -58,15 +62,16 @@ def adapted(model: Any) -> Any:
     if getattr(_state, "busy", False):
         return model
     _state.busy = True
+    say = _record if record else lambda line: None
     try:
         before = anypatch.geometry(model)
         if mode() == "none":
-            _record({"known": type(model).__name__})
+            say({"known": type(model).__name__})
             return model
         _first_that_fits(model, _ways(before))
-        _record({"adapted": type(model).__name__})
+        say({"adapted": type(model).__name__})
     except anypatch.AnypatchError as error:
-        _record({"refused": type(model).__name__, "why": str(error)})
+        say({"refused": type(model).__name__, "why": str(error)})
         return model
     finally:
         _state.busy = False

@@ -19,8 +19,6 @@ from peers import adapting, choice
 TOOLS = Path(__file__).resolve().parents[1]
 ROOT = TOOLS.parent
 CACHE = ROOT / ".cache" / "peers"
-# A process that has built hundreds of models keeps some of their memory; a fresh one after so many tests does not.
-CHUNK = int(os.environ.get("ANYPATCH_PEERS_CHUNK", "250"))
 # Seconds for one test, where the library's own mark says nothing. The slowest of those that pass takes 90 on one core.
 PER_TEST = 600
 CRASHED = ("failed", "the process ended")
@@ -38,7 +36,7 @@ class Peer:
         paths: folders of the archive that the tests import from. None holds the library: what is tested is installed.
         mentions: of a folder of tests, the files that say this are taken: what they build models with.
         plugins: further pytest plugins.
-        factory: whether a function of the library makes its models, so that the control's can be put in their place.
+        chunk: after so many tests a fresh process: one that has built hundreds of models keeps some of their memory.
         all_models: whether tests run on every model of the library, of which `choice` takes a few.
     """
 
@@ -49,7 +47,7 @@ class Peer:
     paths: tuple[str, ...] = ()
     mentions: str = ""
     plugins: tuple[str, ...] = ()
-    factory: bool = True
+    chunk: int = 250
     all_models: bool = False
 
     @property
@@ -61,7 +59,8 @@ PEERS = (
     # Pretrained weights, and what they compute, lie on the hub.
     Peer("timm", "timm", ("tests",), "not _pretrained[ and not test_model_inference", mentions="create_model",
          all_models=True),
-    Peer("transformers", "transformers", ("tools/peers/transformers_models.py",), paths=(".",), factory=False),
+    Peer("transformers", "transformers", ("tools/peers/transformers_models.py",), paths=(".",),
+         chunk=4000),
     Peer("open_clip", "open_clip_torch", ("tests/test_inference.py", "tests/test_training_simple.py"),
          paths=("tests",), plugins=("peers.open_clip_data",), all_models=True),
 )  # fmt: skip
@@ -168,7 +167,7 @@ def _call(peer: Peer, source: Path, mode: str, select: str, result: Path) -> tup
         "ANYPATCH_PEERS": mode,
         "ANYPATCH_PEERS_HOST": peer.name,
         "ANYPATCH_PEERS_RESULT": str(result),
-        "ANYPATCH_PEERS_CHUNK": str(CHUNK),
+        "ANYPATCH_PEERS_CHUNK": str(peer.chunk),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join(map(str, paths)),

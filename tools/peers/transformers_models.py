@@ -46,19 +46,30 @@ def _common() -> Any:
 
 
 class Tester:
-    """What the common tests ask of a model's tester: a configuration and inputs that fit the (adapted) model."""
+    """What the common tests ask of a model's tester: a configuration and inputs that fit the (adapted) model.
+
+    Its own model counts for nothing: a test says something of the models that it builds itself.
+    """
 
     is_training = False
 
     def __init__(self, build: Any) -> None:
+        torch.manual_seed(0)
         with adapting.as_it_is():
-            self.model = build().eval()
+            model = build().eval()
+        self.model_class = type(model)
         # From its own words, so that what the constructor settles (the attention's implementation) is open again.
-        self.config = type(self.model.config).from_dict(self.model.config.to_dict())
-        self.inputs = _inputs(adapting.adapted(self.model))
+        self.config = type(model.config).from_dict(model.config.to_dict())
+        self.inputs = _inputs(adapting.adapted(model, record=False))
         self.batch_size = next(iter(self.inputs.values())).shape[0] if self.inputs else 0
-        self.seq_length = _tokens(self.model, self.inputs)
-        self.num_masks = self.mask_length = math.prod(anypatch.geometry(self.model).grid or ())  # one a patch
+        self.seq_length = _tokens(model, self.inputs)
+        self.num_masks = self.mask_length = math.prod(anypatch.geometry(model).grid or ())  # one a patch
+
+    def anew(self) -> Tester:
+        """Another of the same, for the next test, which may change its configuration."""
+        other = copy.copy(self)
+        other.config = copy.deepcopy(self.config)
+        return other
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
         return copy.deepcopy(self.config), {k: v.clone() for k, v in self.inputs.items()}
@@ -102,7 +113,10 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _adapt_on_construction(model_class: Any) -> None:
-    """Wrap the constructor of a model class: the outermost model of that very class is adapted."""
+    """Wrap the constructor of a model class: the outermost model of that very class is adapted.
+
+    As a control it is then built once more by the library, from the configuration that the adapted one has.
+    """
     if getattr(model_class, "_anypatch_peers", False):
         return
     construct = model_class.__init__
@@ -114,22 +128,24 @@ def _adapt_on_construction(model_class: Any) -> None:
             adapting.adapted(self)
             if self.config is not config:  # a saved and loaded configuration is at the new geometry already
                 self.config._anypatch_adapted = True
+                if adapting.FAILED in os.environ:
+                    construct(self, self.config, *args, **kwargs)
 
     model_class.__init__ = init
     model_class._anypatch_peers = True
 
 
 def _case(family: Any, common: Any) -> type:
-    """The common tests of one family; a model is built for each test, and none while they are collected."""
+    """The common tests of one family; none of its models is built while they are collected."""
+    tester = functools.cache(functools.partial(Tester, family.build))
 
     def setup(self: Any) -> None:
-        torch.manual_seed(0)
-        self.model_tester = Tester(family.build)
-        self.all_model_classes = (type(self.model_tester.model),)
+        self.model_tester = tester().anew()
         if not self.model_tester.inputs:
             self.skipTest(UNFED)
-        if adapting.mode() != "none":
-            _adapt_on_construction(type(self.model_tester.model))
+        self.all_model_classes = (self.model_tester.model_class,)
+        _adapt_on_construction(self.model_tester.model_class)
+        torch.manual_seed(0)
 
     return type(
         "Test" + re.sub(r"\W+", "_", family.name.title()),
