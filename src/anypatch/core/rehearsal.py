@@ -139,6 +139,31 @@ class Shapes(TorchDispatchMode):
         return func(*mapped(_on_meta, args), **mapped(_on_meta, kwargs))
 
 
+class Unmasked(TorchDispatchMode):
+    """Masks without values are taken to be true everywhere: every image is one, every patch is seen.
+
+    For models that are known to be fed like this; of others nothing can be told where they ask for a mask's values.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = about(func).name
+        if name == "nonzero" and args[0].is_meta:
+            return torch.ones(args[0].shape).nonzero()
+        if name == "_local_scalar_dense" and args[0].is_meta and args[0].dtype is torch.bool:
+            return True
+        if name in ("index", "index_put", "index_put_"):
+            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _places(index: Any) -> Sequence[Any]:
+    """What a mask picks, an index for each of its axes; another index as it is. They have values: what is picked of
+    real numbers are real ones."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
+        return (index,)
+    return (torch.ones(index.shape) if index.is_meta else index).nonzero().unbind(1)
+
+
 class Indices(TorchFunctionMode):
     """Tells a trace of ``tensor[index]`` as it is written."""
 

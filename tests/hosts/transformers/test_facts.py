@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import math
 import pkgutil
 from typing import Any
 
@@ -23,7 +25,7 @@ from transformers import (
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
 from anypatch.hosts.transformers import facts
-from anypatch.hosts.transformers.facts import ROWS, measured, takes_squares_only
+from anypatch.hosts.transformers.facts import ROWS, measured, takes_some_only
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16}
 
@@ -59,7 +61,7 @@ def test_a_type_that_begins_like_a_known_one_has_no_row() -> None:
         model_type = "beit_of_the_future"
 
     assert facts.row(New()) == facts.Row()
-    assert takes_squares_only("square_grid", ("beit_of_the_future",)) is None
+    assert takes_some_only("square_grid", ("beit_of_the_future",)) is None
 
 
 def beit(**over: Any) -> Any:
@@ -110,6 +112,76 @@ def test_square_patches_of_an_unknown_type_are_found_by_a_run() -> None:
     with pytest.raises(UnsupportedModelError, match="only square patches"):
         anypatch.adapt(future(DPTModel, DPTConfig, fields), (4, 8))
     anypatch.adapt(future(ViTModel, ViTConfig, {}), (4, 8))
+
+
+def tiny(name: str) -> Any:
+    """The coverage run's model of a family."""
+    from families.transformers import families
+
+    return next(family.build() for family in families() if family.name == name).eval()
+
+
+def built_by_the_library(name: str, image: int) -> Any:
+    """A model of the same configuration that was never adapted, for another image size."""
+    model = tiny(name)
+    config = model.config
+    towers = [getattr(config, field) for field in ("vision_config", "backbone_config") if hasattr(config, field)]
+    for part in (config, *towers):
+        if hasattr(part, "image_size"):
+            part.image_size = image if isinstance(part.image_size, int) else [image, image]
+    return type(model)(config).eval()
+
+
+def fed(model: Any, image: int) -> None:
+    entry = getattr(getattr(model, "model", model), "get_image_features", model)
+    extra = (1,) if "pixel_attention_mask" in inspect.signature(entry).parameters else ()  # images per sample
+    with torch.no_grad():
+        entry(pixel_values=torch.rand(1, *extra, 3, image, image))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "fits"),
+    [
+        ("internvl", 20, "16x16 or 24x24"),  # neighbours become one token
+        pytest.param("rf_detr", 20, "16x16 or 24x24", marks=pytest.mark.slow),  # two windows a side
+        pytest.param("rf_detr", 8, "16x16", marks=pytest.mark.slow),  # 8 queries of 4 tokens
+        pytest.param("lw_detr", 40, "32x32 or 48x48", marks=pytest.mark.slow),  # the constructor does not take 36
+        pytest.param("idefics3", 20, "16x16 or 24x24", marks=pytest.mark.slow),  # asks for values of masks
+        pytest.param("modernvbert", 24, "16x16 or 32x32", marks=pytest.mark.slow),  # counts images by their values
+    ],
+)
+def test_a_grid_that_the_forward_pass_does_not_take_is_refused_with_sizes_that_fit(
+    name: str, image: int, fits: str
+) -> None:
+    with pytest.raises(Exception, match=r"shape|size|range"):  # the library's own model does not, either
+        fed(built_by_the_library(name, image), image)
+    model = tiny(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(GeometryError, match=f"does not take image_size {image}x{image} .*use image_size {fits}$"):
+        anypatch.adapt(model, image_size=image)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for size in fits.split(" or "):
+        if (side := int(size.split("x")[0])) != anypatch.geometry(model).image_size[0]:  # type: ignore[index]
+            fed(anypatch.adapt(model, image_size=side), side)
+            fed(built_by_the_library(name, side), side)
+
+
+def test_what_binds_the_grid_of_a_type_that_nobody_has_measured_is_found_by_a_run() -> None:
+    class Merged(ViTModel):
+        class config_class(ViTConfig):  # noqa: N801
+            model_type = "a_type_of_the_future"
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            tokens = super().forward(pixel_values, interpolate_pos_encoding=False).last_hidden_state[:, 1:]
+            side = math.isqrt(tokens.shape[1])
+            return tokens.reshape(len(tokens), side // 2, 2, side // 2, 2, tokens.shape[-1]).mean((2, 4))
+
+    model = Merged(Merged.config_class(patch_size=4, **{**SIZES, "hidden_size": 20}))
+    with pytest.raises(GeometryError, match=r"a 5x5 grid, .*: use image_size 16x16 or 24x24$"):
+        anypatch.adapt(model, image_size=20)
+    with pytest.raises(GeometryError, match=r'a 1x1 grid, .*: use image_size 32x32, or keep="grid"$'):
+        anypatch.adapt(model, 16)
+    assert anypatch.adapt(model, image_size=24)(torch.rand(1, 3, 24, 24)).shape == (1, 3, 3, 20)
 
 
 @pytest.mark.long

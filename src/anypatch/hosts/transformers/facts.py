@@ -147,16 +147,16 @@ def row(config: Any) -> Row:
 
 @functools.lru_cache(maxsize=1)
 def measured() -> dict[str, dict[str, list[str]]]:
-    """What the coverage run measured: ``square_patch`` and ``square_grid``, each as answer -> model types."""
+    """What the coverage run measured: ``square_patch``, ``square_grid``, ``bound_grid``, as answer -> model types."""
     text = resources.files(__package__).joinpath("measured.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
-def takes_squares_only(fact: str, kinds: tuple[str, ...]) -> Answer | None:
+def takes_some_only(fact: str, kinds: tuple[str, ...]) -> Answer | None:
     """What was measured of models whose configurations have these types; ``None`` where one is not known.
 
     Args:
-        fact: ``"square_patch"`` or ``"square_grid"``.
+        fact: ``"square_patch"``, ``"square_grid"`` or ``"bound_grid"``.
         kinds: model types, the outermost first.
     """
     answers = [next((a for a, types in measured()[fact].items() if kind in types), None) for kind in kinds]

@@ -46,7 +46,6 @@ def example(subject: Subject) -> Example:
 def _whole(subject: Subject) -> Example:
     vision: Vision = subject.about
     geometry, config, count = subject.geometry, vision.first, channels(vision.first)
-    known = row(config)
     video = len(geometry.patch_size) == 3
     image = geometry.image_size or tuple(p if video and i == 0 else GRID * p for i, p in enumerate(geometry.patch_size))
     towers = vision.towers(subject.model)
@@ -58,12 +57,17 @@ def _whole(subject: Subject) -> Example:
     if hasattr(config, STRIDE):
         return Example((2, *image), lambda m, x: m(x.transpose(1, 2)))
     names = set(_parameters(_entry(vision, subject.model)))
-    if names & {INDEXED, *GRIDS} or known.bare:
+    if packed(vision, subject.model):
         order = next(iter(subject.facts.orders.values()), "c t h w" if video else "c h w")
         return Example((1, count, *image), partial(_patches, vision, geometry.patch_size, order))
     if video:
         return Example((1, count, *image), lambda m, x: _video(vision, m, x.transpose(1, 2)))
     return _of_images(subject, names, count, image)
+
+
+def packed(vision: Vision, model: nn.Module) -> bool:
+    """Whether a model takes the flattened patches of images of any size, and the grid of each with them."""
+    return bool({INDEXED, *GRIDS} & set(_parameters(_entry(vision, model)))) or row(vision.first).bare
 
 
 def _of_images(subject: Subject, names: set[str], count: int, image: Size) -> Example:
@@ -140,7 +144,7 @@ def _images(vision: Vision, tokens: int, model: nn.Module, pixels: Tensor) -> An
 
 def _with_sizes(vision: Vision, entry: Any, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Images for a function that takes their sizes; cut into tiles, the whole before them, where it wants tiles."""
-    sides = torch.tensor([pixels.shape[-2:]], device=pixels.device)
+    sides = torch.tensor([pixels.shape[-2:]], device=None if pixels.is_meta else pixels.device)  # they are numbers
     tiles = getattr(inspect.getmodule(inspect.unwrap(entry)), "image_size_to_num_patches", None)
     if tiles is not None:
         number = tiles(sides[0].tolist(), vision.config.image_grid_pinpoints, pixels.shape[-1])

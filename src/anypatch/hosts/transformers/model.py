@@ -18,7 +18,7 @@ from anypatch.core.limits import LimitError
 from anypatch.core.roles import Facts
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
-from anypatch.errors import GeometryError, UnsupportedModelError
+from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import class_tokens
 from anypatch.hosts.flattening import pixel_heads
 from anypatch.hosts.timm import model as trunks
@@ -30,13 +30,12 @@ from anypatch.hosts.transformers.config import (
     configs,
     has_patch,
     not_vision,
-    require_one_stride,
     shorten,
     size_of,
     sizes,
     write,
 )
-from anypatch.hosts.transformers.facts import row, takes_squares_only
+from anypatch.hosts.transformers.facts import row
 
 NAME = "transformers"
 
@@ -248,48 +247,12 @@ def build_twin(vision: Vision, geometry: Geometry, current: Geometry) -> nn.Modu
     Raises:
         UnsupportedModelError, GeometryError: there is none, or its forward pass would not take it.
     """
+    from anypatch.hosts.transformers.probing import require_grid, require_patch
+
     if geometry.patch_size != current.patch_size:
-        _require_patch(vision, geometry, current)
-    _require_grid(vision, geometry, current)
+        require_patch(vision, geometry, current)
+    require_grid(vision, geometry, current)
     return build_unchecked(vision, geometry, current)
-
-
-def _require_patch(vision: Vision, geometry: Geometry, current: Geometry) -> None:
-    name = type(vision.model).__name__
-    fixed = row(vision.config).fixed_patch
-    if fixed:
-        raise UnsupportedModelError(f"{name} cannot change its patch size: {fixed}")
-    padding = _stem_padding(vision)
-    if padding and min(geometry.patch_size[-2:]) <= 2 * padding:
-        raise GeometryError(
-            f"{name} pads images by {padding} pixels on every side, which makes another patch of "
-            f"patch_size {show(geometry.patch_size)}: take more than {2 * padding}"
-        )
-    if len(set(geometry.patch_size[-2:])) > 1 and _only_squares(vision, "square_patch", geometry, current):
-        raise UnsupportedModelError(f"{name} accepts only square patches, not {show(geometry.patch_size)}")
-    require_one_stride(vision.config, vision.model, geometry.patch_size[-2:], current.patch_size[-2:])
-
-
-def _require_grid(vision: Vision, geometry: Geometry, current: Geometry) -> None:
-    grid = geometry.grid
-    if grid is None or grid[-2] == grid[-1] or grid == current.grid:
-        return
-    if _only_squares(vision, "square_grid", geometry, current):
-        raise GeometryError(
-            f"{type(vision.model).__name__} takes its positions for a square grid, so image_size "
-            f"{show(geometry.image_size)} with patch_size {show(geometry.patch_size)}, a {show(grid)} grid, does not "
-            f"fit it; give both sides the same number of patches"
-        )
-
-
-def _only_squares(vision: Vision, fact: str, geometry: Geometry, current: Geometry) -> bool:
-    """Whether a model takes square patches or grids only: as measured, or else by a plain run of a twin."""
-    known = takes_squares_only(fact, vision.kinds)
-    if known in ("always", "never"):
-        return known == "always"
-    from anypatch.hosts.transformers.probing import refuses
-
-    return refuses(vision, fact, geometry, current)
 
 
 def build_unchecked(vision: Vision, geometry: Geometry, current: Geometry) -> nn.Module:
@@ -361,7 +324,7 @@ def _facts(vision: Vision) -> Facts:
     for config in everywhere:
         if getattr(config, "max_num_tiles", None):
             tiles[r"tile_embedding\.weight"] = (config.max_num_tiles, config.hidden_size)
-    padding = _stem_padding(vision)
+    padding = stem_padding(vision)
     return Facts(
         folded=tiles,
         orders=_told_orders(vision) | {tensor: order for config in everywhere for tensor, order in row(config).orders},
@@ -391,7 +354,7 @@ def _bilinear(table: Tensor, old: Size, new: Size) -> Tensor:
     return torch.cat([resized.permute(1, 2, 0).flatten(0, 1).to(table.dtype), table[offsets:]])
 
 
-def _stem_padding(vision: Vision) -> int:
+def stem_padding(vision: Vision) -> int:
     """Pixels that a patch projection without overlap adds around the image (ViTPose's)."""
     patch = size_of(getattr(vision.first, "patch_size", None))
     for module in vision.model.modules():
