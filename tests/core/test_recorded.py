@@ -58,12 +58,20 @@ def exported(module: nn.Module) -> Any:
     return torch.export.export(module, (TOKENS,)).module()
 
 
+def of_no_library(path: str, record: Callable[[Any], Any]) -> Any:
+    model = recorded(path, record)
+    model.pretrained_cfg = {}
+    return model
+
+
 STAYS: dict[str, Callable[[], Any]] = {
     "traced block": lambda: recorded("blocks.0", traced),
     "scripted block's part": lambda: recorded("blocks.0.mlp", torch.jit.script),
     "scripted norm": lambda: recorded("norm", torch.jit.script),
     "traced classifier": lambda: recorded("head", lambda head: torch.jit.trace(head, torch.zeros(2, 48))),
     "block's part through fx": lambda: recorded("blocks.0.mlp", torch.fx.symbolic_trace),
+    "scripted part of a hand-made model": lambda: of_no_library("blocks.0.mlp", torch.jit.script),
+    "traced block of a hand-made model": lambda: of_no_library("blocks.0", traced),
     "scripted head around": lambda: Wrapper(torch.jit.script(nn.Linear(48, 2))).eval(),
 }
 

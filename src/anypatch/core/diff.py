@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -106,6 +107,8 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
             edits.append(_module(path, a, b))
             replaced.append(path)
             continue
+        if isinstance(a, torch.jit.ScriptModule):
+            continue  # copied as they are: nothing in them can be changed
         owners = _owners(path, old, new)
         edits += _parameters(twins, path, owners, method, sampling)
         edits += _buffers(twins, path, owners, method, sampling)

@@ -13,6 +13,7 @@ from torch import nn
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
+from tests.builders import vit
 
 
 class Groups(nn.Module):
@@ -174,3 +175,58 @@ def test_a_linear_layer_over_flattened_patches_is_no_such_embedding() -> None:
     model.patch_embed.proj = nn.Linear(3 * 16 * 16, 32)
     with pytest.raises(UnsupportedModelError, match="of linear layers over flattened patches the flattening order"):
         anypatch.adapt(model, 32)
+
+
+class Detector(nn.Module):
+    """Gives its boxes in pixels: by the strides of its maps, which show in no shape."""
+
+    def __init__(self, held: bool, name: str, value: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone: nn.Module = vit(embed_dim=24) if held else nn.Conv2d(3, 24, 8, 8)
+        self.held, self.name = held, name
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 if held else 16, 24))
+        self.boxes = nn.Linear(24, 4)
+        setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.backbone.forward_features(x)[:, 1:] if self.held else self.backbone(x).flatten(2).mT
+        strides = getattr(self, self.name)
+        strides = list(strides.values()) if isinstance(strides, dict) else strides
+        stride = strides if isinstance(strides, int) else strides[1]
+        return self.boxes(tokens + self.pos_embed) * (stride if isinstance(stride, int) else stride[0])
+
+
+STRIDES: dict[str, Any] = {
+    "feat_stride": 8,
+    "fpn_strides": (4, 8, 16),
+    "strides": [4, 8, 16, 32, 64],
+    "anchor_strides": [(4, 4), (8, 8), (16, 16)],
+    "_out_feature_strides": {"p2": 4, "p3": 8, "p4": 16},
+}
+
+
+@pytest.mark.siblings(fast=2)
+@pytest.mark.parametrize(("name", "held"), [(name, held) for name in STRIDES for held in (False, True)])
+def test_strides_of_maps_follow_the_patch(name: str, held: bool) -> None:
+    model = Detector(held, name, STRIDES[name]).eval()
+    x = torch.rand(2, 3, 32, 32)
+    patches = x.unfold(2, 8, 8).unfold(3, 8, 8).reshape(-1, 1, 8, 8)
+    larger = F.interpolate(patches, (16, 16), mode="bicubic", antialias=True).reshape(2, 3, 4, 4, 16, 16)
+    before = model(x)
+    anypatch.adapt(model, 16, keep="grid", kernel="pi")
+    torch.testing.assert_close(model(larger.transpose(3, 4).reshape(2, 3, 64, 64)), 2 * before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_strides_of_a_pyramid_that_would_be_no_whole_numbers_are_refused(held: bool) -> None:
+    with pytest.raises(
+        GeometryError, match=r"fpn_strides are the strides of a pyramid over patches of 8 .*\(1, 8, 16\)"
+    ):
+        anypatch.adapt(Detector(held, "fpn_strides", (1, 8, 16)), 12, keep="grid")
+
+
+@pytest.mark.parametrize("value", [(8, 2, 2, 2), (1, 2, 8, 8), (3, 8, 16)])
+def test_strides_that_follow_one_another_stay(value: tuple[int, ...]) -> None:
+    model = anypatch.adapt(Detector(True, "strides", value).eval(), 16, keep="grid")
+    assert model.strides == value

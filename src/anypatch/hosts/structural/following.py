@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -150,6 +151,9 @@ def carries(name: str, value: Any, old: Geometry, new: Geometry, full: str) -> A
                 return changed
     if isinstance(value, float):
         return _scale(name, value, old, new, full)
+    levels = _pyramid(name, value, old, new, full)
+    if levels is not None:
+        return levels
     for pattern, a, b in _wider(old, new):
         if pattern.search(name) and min(a) >= TELLING:
             changed = _on_axis(name, value, a, b, full)
@@ -205,6 +209,36 @@ def _scale(name: str, value: float, old: Geometry, new: Geometry, full: str) -> 
         return None
     after = follow(patch, [old.patch_size[-2:], patch], [new.patch_size[-2:], _one(new.patch_size)], full)
     return float(after) if value == patch else 1 / after
+
+
+def _pyramid(name: str, value: Any, old: Geometry, new: Geometry, full: str) -> Any:
+    """Strides of the levels of a pyramid made of the patches' map: each is as many patches as it was.
+
+    ``(4, 8, 16)`` at patch 8, with pairs in place of numbers, or by the names of the levels. Strides that follow one
+    another (``(4, 2, 2, 2)``) do not grow, and are none.
+    """
+    named = isinstance(value, dict)
+    if not STRIDE.search(name) or not (named or isinstance(value, (list, tuple))):
+        return None
+    held = list(value.values()) if named else list(value)
+    levels = ints([item[0] if _is_square(item) else item for item in held])
+    patch, after = _one(old.patch_size), _one(new.patch_size)
+    if levels is None or len(levels) < 2 or patch not in levels or patch < TELLING:
+        return None
+    if any(b <= a or b % a or (b // a) & (b // a - 1) for a, b in itertools.pairwise(levels)):
+        return None
+    if after is None or any(level * after % patch for level in levels):
+        raise GeometryError(
+            f"{full} are the strides of a pyramid over patches of {patch} ({levels}), which would be no whole numbers "
+            f"at patch {show(new.patch_size)}: set them by hand, or adapt the model inside on its own"
+        )
+    sides = [level * after // patch for level in levels]
+    made = [type(item)((side, side)) if _is_square(item) else side for item, side in zip(held, sides, strict=True)]
+    return dict(zip(value, made, strict=True)) if named else type(value)(made)
+
+
+def _is_square(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2 and item[0] == item[1]
 
 
 def ints(value: Any) -> Size | None:

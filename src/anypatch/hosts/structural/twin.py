@@ -20,6 +20,7 @@ from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.explained import require_explained, require_known_grid, require_named
 from anypatch.hosts.structural.following import PATCH_NAMES, entries, follow, kinds
 from anypatch.hosts.structural.layout import Layout
+from anypatch.hosts.structural.neighbours import means_another_thing
 from anypatch.hosts.structural.probing import require_rectangular, require_settled
 from anypatch.hosts.structural.surroundings import Surroundings
 from anypatch.hosts.structural.tables import (
@@ -29,6 +30,7 @@ from anypatch.hosts.structural.tables import (
     resampled,
     table_shape,
 )
+from anypatch.hosts.structural.values import Values
 
 
 def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
@@ -155,6 +157,7 @@ def _set_head(head: nn.Module, path: str, channels: int, order: str, geometry: G
 
 def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry) -> None:
     old = layout.geometry
+    of_torch = type(module).__module__.startswith("torch.")
     for mapping, name, value in entries(module):
         for names, present, following in kinds(old, new):
             if name == "reduction" and mapping is not vars(module) and value == max(old.patch_size[-2:]):
@@ -165,7 +168,9 @@ def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry)
                 if changed is not None:
                     mapping[name] = changed
                     break
-    if not type(module).__module__.startswith("torch."):  # a padding, say, that goes with the projection
+    if not of_torch:
+        _set_wider(module, path, old, new)
+        # a padding, say, that goes with the projection
         for name in ("kernel_size", "stride"):
             changed = follow(vars(module).get(name), *_sizes_of_patch(old, new), f"{path}.{name}")
             if changed is not None:
@@ -180,6 +185,19 @@ def _set_attributes(module: nn.Module, path: str, layout: Layout, new: Geometry)
             length += math.prod(new.grid) - math.prod(old.grid or ())
             shape = (*buffer.shape[:-1], length)
             module._buffers[name] = torch.arange(length, dtype=buffer.dtype, device=buffer.device).expand(shape)
+
+
+def _set_wider(module: nn.Module, path: str, old: Geometry, new: Geometry) -> None:
+    """Numbers under further names that people give them, as around a library's model: the stride of a detector's map,
+    by which it gives its boxes in pixels, shows in no shape."""
+    values = Values(old, new)
+    hidden = vars(nn.Module()).keys() | set().union(*(names for names, *_ in kinds(old, new)))
+    for name, value in list(vars(module).items()):
+        if name in hidden or isinstance(value, Tensor) or means_another_thing(name, module):
+            continue
+        after = values.number(name, value, f"{path}.{name}" if path else name)
+        if after is not None:
+            vars(module)[name] = after
 
 
 def _sizes_of_patch(old: Geometry, new: Geometry) -> tuple[list[Any], list[Any]]:

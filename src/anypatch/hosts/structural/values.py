@@ -28,6 +28,7 @@ OTHER = re.compile(
 
 AXIS = re.compile(r"(^|_)(x|y|h|w|xs|ys|rows?|cols?|columns?|coords?|grid|axis|pos(itions?)?)(_|$)", re.I)
 ORDER = re.compile(r"order|perm|tok|patch|ids?$|idx|ind(ex|ices)|keep|pos", re.I)
+LEVELS = 8  # of a pyramid whose strides are listed, at most
 LISTED = 16  # sizes that one tensor may list: levels of a pyramid, at most
 
 
@@ -175,9 +176,9 @@ def _as_plain(value: Any) -> Any:
         if kind == "f" and ndim == 0:
             return float(value)
         return tuple(value.tolist()) if kind in "iu" and ndim == 1 and 2 <= len(value) <= 4 else None
-    if type(value) in (list, tuple, torch.Size) and len(value) <= 4:
+    if type(value) in (list, tuple, torch.Size) and len(value) <= LEVELS:
         return value if isinstance(value, list) else tuple(value)
-    return None
+    return value if type(value) is dict and len(value) <= LEVELS else None
 
 
 def _like(after: Any, value: Any) -> Any:
