@@ -15,7 +15,7 @@ from anypatch.core.adapters import unwrap
 from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, SizeLike, target_geometry
 from anypatch.core.kernels import as_method
-from anypatch.core.placement import require_unsharded
+from anypatch.core.placement import require_fed, require_unsharded
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
 from anypatch.core.tables import ANTIALIASED, PositionsLike
@@ -127,6 +127,7 @@ def plan_for(
     """``make_plan`` for a model that has been described already; ``rehearse`` unless the caller runs it anyway."""
     method = as_method(kernel)
     _require_positions(positions)
+    require_fed(subject.model if subject.wrapper is None else subject.wrapper)
     try:
         target = target_geometry(subject.geometry, patch_size, image_size, keep)
     except GeometryError:

@@ -509,6 +509,58 @@ def test_sharded_models_are_refused_and_sharded_blocks_work(group: None) -> None
     model(torch.randn(2, 3, 128, 128)).sum().backward()
 
 
+def _sharded_block(block: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(block, mesh=mesh)
+
+
+def _replicated_block(block: nn.Module, mesh: Any) -> None:
+    from torch.distributed._composable import replicate
+
+    replicate(block)
+
+
+@pytest.mark.parametrize("spread", [_sharded_block, _replicated_block])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_sharded_blocks_of_a_model_of_no_library_work(group: None, spread: Any, recorded: bool) -> None:
+    """torch puts a class in the place of theirs that refuses copies, of which a hand-made model's twins are made."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, plain = vit(), vit()
+    plain.load_state_dict(model.state_dict())
+    for live in (model, plain):
+        live.pretrained_cfg = live.pretrained_cfg if recorded else {}
+    for block in model.blocks:
+        spread(block, mesh)
+    for live in (model, plain):
+        anypatch.adapt(live, 32, image_size=192)
+    x = torch.randn(2, 3, 192, 192)
+    torch.testing.assert_close(model(x), plain(x))
+    model(x).sum().backward()
+
+
+class Reshaping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vit.forward_features(x)[:, 1:].unflatten(1, (4, 4))
+
+
+@pytest.mark.parametrize("spread", [_sharded_block, _replicated_block])
+def test_numbers_in_code_are_seen_where_blocks_are_sharded(group: None, spread: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = Reshaping().eval()
+    for block in model.vit.blocks:
+        spread(block, init_device_mesh("cpu", (1,)))
+    with pytest.raises(UnsupportedModelError, match=r"the number 4 in Reshaping\.forward"):
+        anypatch.adapt(model, image_size=128)
+
+
 def _sharded_projection(model: Any, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -539,6 +591,18 @@ def test_a_projection_that_is_sharded_or_replicated_on_its_own_is_refused(group:
         anypatch.adapt(model, 32, keep="grid")
     assert model.patch_embed.proj.kernel_size == (16, 16)
     assert model.patch_embed.proj.weight.shape == (48, 3, 16, 16)
+
+
+@pytest.mark.parametrize("verb", [anypatch.adapt, anypatch.at, anypatch.check, lambda m, p: anypatch.flexible(m, [p])])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_layer_that_waits_for_its_first_input_is_said(held: bool, verb: Any) -> None:
+    model = nn.Sequential(vit(num_classes=0), nn.LazyLinear(3)).eval() if held else vit()
+    if not held:
+        model.head = nn.LazyLinear(3)
+    with pytest.raises(UnsupportedModelError, match=r"has not been fed yet.*: run the model once before adapting"):
+        verb(model, 32)
+    model(torch.rand(1, 3, 64, 64))
+    verb(model, 32)
 
 
 # -- threads -----------------------------------------------------------------------------------------------

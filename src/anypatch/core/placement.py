@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from anypatch.errors import UnsupportedModelError
 
@@ -34,11 +35,13 @@ ADAPTING = {
     "shard": f": {SHARDED}",
     "fake": ": adapt the model itself, outside of FakeTensorMode",
     "layout": ": adapt the model with a dense tensor (tensor.to_dense()) in its place",
+    "lazy": ": run the model once before adapting it",
 }
 SAVING = {
     "shard": f": {GATHER}",
     "fake": ": save the model itself, outside of FakeTensorMode",
     "layout": ", which no library's format holds: put a dense tensor (tensor.to_dense()) in its place before saving",
+    "lazy": ": run the model once before saving it",
 }
 
 
@@ -60,6 +63,17 @@ def require_unsharded(model: nn.Module) -> None:
     for kind in type(model).__mro__:
         if kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") and kind.__module__.startswith("torch."):
             raise UnsupportedModelError(f"the model is sharded ({type(model).__name__}): {SHARDED}")
+
+
+def require_fed(model: nn.Module) -> None:
+    """No layer waits for its first input to tell its shapes: nothing could be said of them.
+
+    Raises:
+        UnsupportedModelError: one does; the message names it.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, UninitializedTensorMixin):
+            _require_plain(name, tensor, ADAPTING)
 
 
 def require_gathered(model: nn.Module) -> None:
@@ -123,6 +137,8 @@ def _require_plain(name: str, tensor: Tensor, advice: dict[str, str]) -> None:
         kind, what = "shard", "a flat parameter of several layers"
     elif any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
         kind, what = "fake", "a FakeTensor, which has no values"
+    elif isinstance(tensor, UninitializedTensorMixin):
+        kind, what = "lazy", "of a layer that has not been fed yet, and takes its shape from its first input"
     elif tensor.layout != torch.strided:
         kind, what = "layout", f"stored as {tensor.layout}"
     else:

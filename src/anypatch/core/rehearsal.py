@@ -61,7 +61,7 @@ def staged(root: nn.Module, plan: Plan | None = None, keep: Callable[[Any], bool
         fields = vars(made[id(source)])
         for store in SHARED:
             fields[store] = dict(vars(source)[store])
-        fields["_parameters"] = {name: _without_memory(p) for name, p in source._parameters.items()}
+        fields["_parameters"] = {name: without_memory(p) for name, p in source._parameters.items()}
         for name in HOOKS:
             fields[name] = type(fields[name])()
         for name in RUN:
@@ -75,7 +75,7 @@ def staged(root: nn.Module, plan: Plan | None = None, keep: Callable[[Any], bool
             for source in sources:
                 for name, parameter in source._parameters.items():
                     if parameter is step.parameter:
-                        made[id(source)]._parameters[name] = _without_memory(step.data)
+                        made[id(source)]._parameters[name] = without_memory(step.data)
         elif isinstance(step, SetBuffer):
             replace(step, module=made[id(step.module)]).apply()
         elif isinstance(step, SetModule):
@@ -189,5 +189,10 @@ def _on_meta(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
 
 
-def _without_memory(tensor: Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)
+def without_memory(tensor: Tensor | None) -> nn.Parameter | None:
+    """A parameter of a tensor's shape on the meta device; a whole one, where the tensor is sharded."""
+    if tensor is None:
+        return None
+    if hasattr(tensor, "device_mesh"):
+        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device=META), requires_grad=False)
+    return nn.Parameter(torch.empty_like(tensor, device=META), requires_grad=False)

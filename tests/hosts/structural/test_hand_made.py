@@ -13,7 +13,7 @@ from torch import nn
 
 import anypatch
 from anypatch import GeometryError, UnsupportedModelError
-from tests.builders import vit
+from builders import vit
 
 
 class Groups(nn.Module):

@@ -14,6 +14,7 @@ from anypatch.core.account import Context, Doubt, Extra
 from anypatch.core.diff import AttributeEdit, ParameterEdit
 from anypatch.core.geometry import Geometry, Size
 from anypatch.core.recordings import results
+from anypatch.core.rehearsal import without_memory
 from anypatch.core.tables import ANTIALIASED
 from anypatch.core.twins import Twins
 from anypatch.errors import UnsupportedModelError
@@ -31,6 +32,9 @@ from anypatch.hosts.structural.tables import (
     table_shape,
 )
 from anypatch.hosts.structural.values import Values
+
+# Attributes that torch keeps in a module that it shards or replicates: process groups, of which there are no copies.
+SPREADING = ("__composable_api_state_key", "_fsdp_")
 
 
 def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
@@ -101,12 +105,25 @@ def copy_of(model: nn.Module) -> nn.Module:
                 memo[id(value)] = type(value)()
                 keep.append(value)
     for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        hollow = without_memory(parameter)
+        assert hollow is not None
+        memo[id(parameter)] = hollow.requires_grad_(parameter.requires_grad)
+    spread = [module for module in model.modules() if _own_class(module) is not type(module)]
+    memo.update({id(module): object.__new__(_own_class(module)) for module in spread})
     try:
+        for module in spread:
+            own = {name: value for name, value in vars(module).items() if not name.startswith(SPREADING)}
+            vars(memo[id(module)]).update(copy.deepcopy(own, memo))
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be copied: {error}") from error
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class before torch put another in its place, to shard or to replicate it, which refuses copies."""
+    kinds: tuple[Any, ...] = type(module).__mro__
+    put = kinds[0].__module__.startswith("torch.distributed.") and "__deepcopy__" in vars(kinds[0])
+    return next(kind for kind in kinds if not (put and kind.__module__.startswith("torch.distributed.")))
 
 
 def _parameter(old: Tensor, shape: Size) -> nn.Parameter:
