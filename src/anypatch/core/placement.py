@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from anypatch.errors import UnsupportedModelError
 
@@ -72,7 +72,7 @@ def require_fed(model: nn.Module) -> None:
         UnsupportedModelError: one does; the message names it.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             _require_plain(name, tensor, ADAPTING)
 
 
@@ -137,7 +137,7 @@ def _require_plain(name: str, tensor: Tensor, advice: dict[str, str]) -> None:
         kind, what = "shard", "a flat parameter of several layers"
     elif any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__):
         kind, what = "fake", "a FakeTensor, which has no values"
-    elif isinstance(tensor, UninitializedTensorMixin):
+    elif is_lazy(tensor):
         kind, what = "lazy", "of a layer that has not been fed yet, and takes its shape from its first input"
     elif tensor.layout != torch.strided:
         kind, what = "layout", f"stored as {tensor.layout}"
