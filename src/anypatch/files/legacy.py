@@ -30,10 +30,14 @@ class _Bounded:
         return self._file.readline(MAX_LINE)
 
 
-def read_legacy(path: Path) -> Any:
+def read_legacy(path: Path, lenient: bool = False) -> Any:
     """What is in a file that ``torch.save`` wrote before its archives (or writes still when asked to).
 
     Three small pickles, the objects, the keys of their storages, then each storage: its length, and its values.
+
+    Args:
+        path: the file.
+        lenient: as for :func:`~anypatch.files.pickles.unpickled`; the values are then not read.
 
     Raises:
         CheckpointError: other objects than tensors are in it.
@@ -63,10 +67,14 @@ def read_legacy(path: Path) -> Any:
             raise pickle.UnpicklingError("a storage before the objects")
 
         for _ in range(3):
-            unpickled(path, bounded, no_record)
-        value = unpickled(path, bounded, record)
+            unpickled(path, bounded, no_record, lenient)
+        value = unpickled(path, bounded, record, lenient)
+        if lenient:
+            return value
         keys = unpickled(path, bounded, no_record)
-        if not isinstance(keys, list) or {str(k) for k in keys} != storages.keys():
+        if not isinstance(keys, list) or not all(isinstance(k, (str, int)) for k in keys):
+            raise pickle.UnpicklingError("its list of storages is none of names")
+        if {str(k) for k in keys} != storages.keys():
             raise pickle.UnpicklingError("its list of storages is not of those it uses")
         for key in map(str, keys):
             _fill(file, storages[key], types[key])

@@ -16,6 +16,9 @@ from anypatch.errors import CheckpointError
 from anypatch.files.opening import first_line, open_regular
 
 MAX_INFLATION = 64  # a compressed archive may not unpack to more than this many times its size, and a little
+# NumPy's own. Of others Python unpacks all that is there at once, whatever size the archive says it has.
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+CHUNK = 1 << 20  # bytes: what is asked for without a number is unpacked to two gigabytes before its size is looked at
 SMALL = 16 << 20  # bytes: so that an archive of zeros may be small
 
 
@@ -35,6 +38,8 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} would unpack to {total} bytes from {size}: it is damaged or malicious")
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
+            if info.compress_type not in PACKED:
+                raise CheckpointError(f"{path}: array {name[:200]!r} is not packed as NumPy packs arrays")
             with archive.open(info) as file:
                 try:
                     array = _read_npy(file, info.file_size)
@@ -63,8 +68,19 @@ def _read_npy(file: Any, size: int) -> Any:
     count = math.prod(shape)
     if not all(type(s) is int and s >= 0 for s in shape) or count * dtype.itemsize > size:
         raise ValueError(f"shape {shape} of {dtype} takes more than its {size} bytes")
-    data = file.read()
+    data = _bytes(file, count * dtype.itemsize + 1)
     if len(data) != count * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
-    array = np.frombuffer(bytearray(data), dtype=dtype)
+    array = np.frombuffer(data, dtype=dtype)
     return array.reshape(shape[::-1]).transpose() if fortran else array.reshape(shape)
+
+
+def _bytes(file: Any, most: int) -> bytearray:
+    """What is left of a file in an archive, at most so much of it."""
+    data = bytearray()
+    while len(data) < most:
+        more = file.read(min(CHUNK, most - len(data)))
+        if not more:
+            break
+        data += more
+    return data

@@ -1,8 +1,8 @@
-"""What ``torch.save`` and ``torch.jit.save`` write, read with an unpickler that knows tensors and containers only.
+"""An unpickler that knows tensors and containers only, for what ``torch.save`` and ``torch.jit.save`` write.
 
-torch's own reader is not used: its list of allowed classes is a global that threads would change under one another, and
-it allocates storages on the file's word. Here every size is held against the bytes there are, and the records of an
-archive are mapped, not read.
+torch's own reader is not used: its list of allowed classes is a global that threads would change under one another,
+and it allocates storages on the file's word. Here every size is held against the bytes there are, and what a pickle
+asks for again and again is counted.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import math
 import pickle
 import struct
 import sys
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from anypatch.errors import CheckpointError
-from anypatch.files.header import flat_view, map_file
-from anypatch.files.opening import identity, open_regular
+from anypatch.files.header import MAX_DIMENSIONS
 
-MAX_PICKLE = 1 << 30  # bytes of the description of a model's tensors; those of the largest models take a few megabytes
 # An expanded tensor repeats the same bytes. More than this many times the file is a request for memory, not a model.
 MAX_EXPANSION = 64
 SMALL = 16 << 20  # bytes that may be taken whatever the file's size: a scalar is expanded to a table now and then
 MAX_LINE = 64_000  # bytes of one line of a pickle of the first protocol
+# A pickle names once what it uses a thousand times, so what it asks for has to be counted, not measured.
+MAX_CALLS = 1_000_000  # tensors, and pairs of ordered tables; the largest mixtures of experts have some 100,000 tensors
+MAX_KEY = 1000  # parts of what a table is looked up by, those within it counted each time they are named
 
 STORAGES = {
     "HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
@@ -47,6 +46,10 @@ HARMLESS = (
 )  # fmt: skip
 PLAIN_BUILTINS = frozenset(("set", "frozenset", "complex", "bytearray", "slice", "range", "dict", "list", "tuple",
                             "int", "float", "str", "bytes", "bool", "object"))  # fmt: skip
+
+
+class GreedyError(pickle.UnpicklingError):
+    """A few bytes that ask for memory or time without end."""
 
 
 class Inert(dict[Any, Any]):
@@ -97,6 +100,8 @@ def rebuild(record: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any
     """
     if not isinstance(record, Tensor):
         raise pickle.UnpicklingError("a tensor without storage")
+    if not all(isinstance(sides, (tuple, list)) and len(sides) <= MAX_DIMENSIONS for sides in (size, stride)):
+        raise GreedyError("a tensor whose shape is no short list of numbers")
     numbers = (offset, *size, *stride)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
         raise pickle.UnpicklingError("a tensor of impossible shape")
@@ -143,13 +148,43 @@ def _tensor(*_: Any) -> Any:
     return Odd()
 
 
-def _tuple(*values: Any) -> tuple[Any, ...]:
-    return tuple(*values)
+def _size(values: Any = ()) -> tuple[Any, ...]:
+    """``torch.Size``, of numbers that are written out."""
+    if not isinstance(values, (tuple, list)) or len(values) > MAX_DIMENSIONS:
+        raise GreedyError("a shape that is no short list of numbers")
+    return tuple(values)
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    """``OrderedDict``, empty as Python 3 writes it, or of pairs as Python 2 did."""
+    if not isinstance(pairs, (tuple, list)) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+        raise GreedyError("an ordered table of what are no pairs")
+    return OrderedDict((_key(key), value) for key, value in pairs)
+
+
+def _key(key: Any) -> Any:
+    """What a table is looked up by: text, or a number of an optimizer's. What else it may be nobody asks for, and a
+    hundred bytes can make a tuple of tuples whose hash takes years: a stand-in is as good.
+
+    Raises:
+        GreedyError: it is such a tuple.
+    """
+    if type(key) is str or (type(key) is int and abs(key) < sys.maxsize):
+        return key
+    inside, parts = [key], 0
+    while inside:
+        part = inside.pop()
+        parts += 1
+        if isinstance(part, tuple):
+            if parts + len(inside) + len(part) > MAX_KEY:
+                raise GreedyError(f"a key of more than {MAX_KEY} parts")
+            inside += part
+    return Inert()
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): _tuple,
+    ("collections", "OrderedDict"): _ordered,
+    ("torch", "Size"): _size,
     ("torch", "Tensor"): _tensor,
     ("torch.nn.parameter", "Parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor"): rebuild,
@@ -172,14 +207,15 @@ class Unpickler(pickle._Unpickler):
     Args:
         data: the pickle, in memory or bounded by the file it is in.
         record: gives a storage's values.
-        refused: where the names of what is not allowed are added; the first of them stops reading.
+        refused: where the names of what is not allowed are added; the first of them stops reading. Without it, all
+            else is a stand-in.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, data: Any, record: Record, refused: list[str]) -> None:
+    def __init__(self, data: Any, record: Record, refused: list[str] | None) -> None:
         super().__init__(data, encoding="utf-8")
-        self._record, self._refused = record, refused
+        self._record, self._refused, self._calls = record, refused, 0
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
@@ -199,12 +235,16 @@ class Unpickler(pickle._Unpickler):
             return Inert
         if module in ("builtins", "__builtin__") and name in PLAIN_BUILTINS:
             return Inert
+        if self._refused is None:
+            return Inert
         self._refused.append(f"{module}.{name}"[:200])
         raise pickle.UnpicklingError(f"refused to load {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) < 3 or pid[0] != "storage" or not isinstance(pid[1], _Storage):
             raise pickle.UnpicklingError("an unknown reference")
+        if not isinstance(pid[2], (str, int)):  # text of what is nested would have no end
+            raise GreedyError("a storage without a name")
         count = pid[4] if len(pid) > 4 else 0
         if type(count) is not int or not 0 <= count < 1 << 48:
             raise pickle.UnpicklingError("a storage of impossible size")
@@ -221,52 +261,92 @@ class Unpickler(pickle._Unpickler):
         elif not isinstance(instance, (OrderedDict, Tensor)):
             raise pickle.UnpicklingError(f"a state for a {type(instance).__name__}")
 
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """As a pickle calls what it has named: with a tuple that is written out, and not without end."""
+        if not isinstance(arguments, tuple):
+            raise GreedyError("a call whose arguments are no tuple")
+        pairs = arguments[0] if function is _ordered and arguments else ()
+        self._calls += 1 + (len(pairs) if isinstance(pairs, (tuple, list)) else 0)
+        if self._calls > MAX_CALLS and not isinstance(function, type):
+            raise GreedyError(f"more than {MAX_CALLS} tensors")
+        return function(*arguments)
+
+    def _instantiate(self, kind: Any, arguments: list[Any]) -> None:
+        self.append(self._call(kind, tuple(arguments)))  # type: ignore[attr-defined]
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()  # type: ignore[attr-defined]
+        self.stack[-1] = self._call(self.stack[-1], arguments)  # type: ignore[attr-defined]
+
+    def load_newobj(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self.append(self._call(kind, arguments))  # type: ignore[attr-defined]
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # type: ignore[attr-defined]  # arguments by name: none of what is called takes any
+        self.load_newobj()
+
+    def _put(self, items: list[Any]) -> None:
+        table = self.stack[-1]  # type: ignore[attr-defined]
+        if not isinstance(table, dict):
+            raise pickle.UnpicklingError(f"items for a {type(table).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            table[_key(key)] = value
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        self._put([key, value])
+
+    def load_setitems(self) -> None:
+        self._put(self.pop_mark())  # type: ignore[attr-defined]
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.append({})  # type: ignore[attr-defined]
+        self._put(items)
+
+    def load_additems(self) -> None:
+        """Sets are not kept."""
+        for item in self.pop_mark():  # type: ignore[attr-defined]
+            _key(item)
+
+    def load_frozenset(self) -> None:
+        self.load_additems()
+        self.append(Inert())  # type: ignore[attr-defined]
+
     def load_bytearray8(self) -> None:
         """Python's own allocates as many bytes as the file says before it looks whether they are there."""
         (size,) = struct.unpack("<Q", self.read(8))  # type: ignore[attr-defined]
         self.append(bytearray(self.read(min(size, sys.maxsize))))  # type: ignore[attr-defined]
 
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
-def read_archive(path: Path) -> Any:
-    """What is in a zip archive of ``torch.save`` or ``torch.jit.save``: tensors mapped, all else inert.
+def unpickled(path: Path, data: Any, record: Record, lenient: bool = False) -> Any:
+    """What a pickle holds.
+
+    Args:
+        path: of the file, for messages.
+        data: the pickle.
+        record: gives a storage's values.
+        lenient: whether a stand-in will do for objects of any class.
 
     Raises:
-        CheckpointError: a record is not stored as torch stores it, or other objects than tensors are in it.
+        CheckpointError: other objects than tensors are in it.
         UnpicklingError: it is damaged.
     """
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        which = identity(file)
-        require_stored(path, archive, which[2])
-        name = next(n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl"))
-        root = name[: -len("data.pkl")]
-        data = archive.read(name)
-        order = archive.read(root + "byteorder") if root + "byteorder" in archive.namelist() else b"little"
-        records: dict[str, Tensor] = {}
-        whole = map_file(path, which)
-
-        def record(key: str, dtype: torch.dtype, count: int) -> Tensor:
-            if key not in records:
-                info = archive.getinfo(f"{root}data/{key}")
-                start = _start(path, file, info)
-                if info.file_size % dtype.itemsize:
-                    raise pickle.UnpicklingError(f"record {key[:50]} is cut off")
-                if info.file_size:
-                    values = flat_view(whole, start, start + info.file_size, dtype)
-                else:
-                    values = torch.empty(0, dtype=dtype, device="cpu")
-                records[key] = _swapped(values) if order.decode("ascii", "replace") != sys.byteorder else values
-            return _typed(records[key], dtype)
-
-        return unpickled(path, BytesIO(data), record)
-
-
-def unpickled(path: Path, data: Any, record: Record) -> Any:
     refused: list[str] = []
     try:
-        return Unpickler(data, record, refused).load()
+        return Unpickler(data, record, None if lenient else refused).load()
     except pickle.UnpicklingError as error:
         if not refused:
             raise
@@ -274,45 +354,3 @@ def unpickled(path: Path, data: Any, record: Record) -> Any:
             f"{path} holds Python objects besides tensors ({', '.join(refused)}); loading them could run code, "
             f"so it is refused: save the model's state_dict alone, best as .safetensors"
         ) from error
-
-
-def _typed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """One record may be named as of several types."""
-    return values if values.dtype == dtype else values.view(dtype)
-
-
-def _swapped(values: Tensor) -> Tensor:
-    """Values written on a machine of the other byte order."""
-    width = values.dtype.itemsize // (2 if values.is_complex() else 1)
-    return values.view(torch.uint8).reshape(-1, width).flip(1).reshape(-1).view(values.dtype)
-
-
-def require_stored(path: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """torch stores its records as they are; a compressed one would be a way to fill the memory.
-
-    A script's code may be compressed, and is not read.
-
-    Raises:
-        CheckpointError: one is compressed, or larger than the file.
-    """
-    for info in archive.infolist():
-        if "/code/" in info.filename:
-            continue
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > size or info.header_offset > size:
-            raise CheckpointError(f"{path}: record {info.filename[:200]!r} is not stored as torch stores records")
-        if info.filename.endswith(".pkl") and info.file_size > MAX_PICKLE:
-            raise CheckpointError(f"{path}: {info.filename[:200]!r} has {info.file_size} bytes, which no model takes")
-
-
-def _start(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a stored record's bytes begin, by its own header."""
-    file.seek(info.header_offset)
-    header = file.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise pickle.UnpicklingError(f"record {info.filename[:200]!r} has no header")
-    name, extra = struct.unpack("<HH", header[26:30])
-    start = info.header_offset + 30 + name + extra
-    file.seek(0, 2)
-    if start + info.file_size > file.tell():
-        raise pickle.UnpicklingError(f"record {info.filename[:200]!r} is cut off")
-    return int(start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from anypatch.errors import CheckpointError
 from anypatch.files import layouts
+from anypatch.files.archives import read_archive
 from anypatch.files.header import map_tensors, read_header, require_names
 from anypatch.files.legacy import LEGACY_MAGIC, read_legacy
 from anypatch.files.npz import read_npz
 from anypatch.files.opening import first_line, open_regular
-from anypatch.files.pickles import read_archive
+from anypatch.files.pickles import GreedyError
 from anypatch.files.scripted import scripted_tensors
 from anypatch.files.wrappers import unwrap
 
@@ -119,6 +121,30 @@ def _read(path: Path, prefix: str | None) -> Checkpoint:
             raise CheckpointError(f"{path}: tensor {name!r} of shape {tuple(tensor.shape)} holds no values")
     kind = "torch" if kind == "legacy" else kind
     return Checkpoint(path, found.tensors, metadata, kind, found.dropped, found.names, found.whole, found.others)
+
+
+def require_modest(path: Path) -> None:
+    """A file that a library itself will unpickle asks for no memory or time without end, as a few bytes of it can.
+
+    Whether it is a good one the library says.
+
+    Raises:
+        CheckpointError: it does, or its records are packed.
+    """
+    kind = None
+    with contextlib.suppress(CheckpointError, zipfile.BadZipFile):
+        kind = sniff(path)
+    try:
+        if kind in ("torch", "torchscript"):
+            read_archive(path, lenient=True)
+        elif kind == "legacy":
+            read_legacy(path, lenient=True)
+    except GreedyError as error:
+        raise CheckpointError(f"{path} asks for more than a file of weights does: {error}") from error
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception:
+        return
 
 
 def sniff(path: Path) -> str:

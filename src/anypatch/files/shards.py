@@ -185,10 +185,12 @@ class Shards:
     Attributes:
         headers: of each, by file name.
         index: which file each tensor is in, as it was written, where there is more than one.
+        index_name: the file that says it.
     """
 
     headers: dict[str, Header]
     index: dict[str, Any] | None = None
+    index_name: str = INDEX
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -235,24 +237,33 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def read_shards(source: Path) -> Shards:
-    """What a directory's weights are, in one file or several.
+def read_shards(source: Path, named: str | None = None) -> Shards:
+    """What a directory's weights are, in one file or several; in one where both are there, as libraries take them.
+
+    Args:
+        source: the directory.
+        named: the file of weights, or their index, that its configuration says.
 
     Raises:
         CheckpointError: a shard is missing or damaged, or the index does not say what the shards hold.
     """
-    if not (source / INDEX).is_file():
-        if not (source / SINGLE).is_file():
-            raise CheckpointError(f"{source} holds neither {SINGLE} nor {INDEX}")
-        return Shards({SINGLE: read_header(source / SINGLE)})
-    index = read_index(source / INDEX)
+    names = (SINGLE, INDEX) if named is None else (require_file_name(named, f"the configuration in {source}"),)
+    found = next((n for n in names if (source / n).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{source} holds {f'no {named}' if named else f'neither {SINGLE} nor {INDEX}'}: weights in another format "
+            f"are read by anypatch.load, and written by anypatch.save"
+        )
+    if not found.endswith(".json"):
+        return Shards({found: read_header(source / found)})
+    index = read_index(source / found)
     table = index["weight_map"]
     headers = {shard: read_header(source / shard) for shard in dict.fromkeys(table.values())}
     for name, shard in table.items():
         if name not in headers[shard].entries:
-            raise CheckpointError(f"{source / INDEX} says that {name!r} is in {shard}, and it is not")
+            raise CheckpointError(f"{source / found} says that {name!r} is in {shard}, and it is not")
     for shard, header in headers.items():
         stray = [name for name in header.entries if table.get(name) != shard]
         if stray:
-            raise CheckpointError(f"{source / INDEX} does not say that {stray[0]!r} is in {shard}")
-    return Shards(headers, index)
+            raise CheckpointError(f"{source / found} does not say that {stray[0]!r} is in {shard}")
+    return Shards(headers, index, found)

@@ -6,7 +6,6 @@ A library's own loader joins the names that an index says to the directory, unpa
 from __future__ import annotations
 
 import contextlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from typing import Any
 from anypatch.errors import CheckpointError
 from anypatch.files.configs import read_json, require_file_name
 from anypatch.files.opening import open_regular
-from anypatch.files.pickles import require_stored
+from anypatch.files.reading import require_modest
 
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 # Weights as some library looks for them; what else a training run leaves beside them (its optimizer, its arguments) no
 # library opens.
 PICKLED = ("*model*.bin", "*model*.pth", "*model*.pt")
+# timm and open_clip take any other where none of these is there.
+PREFERRED = ("model.safetensors", "pytorch_model.*", "model.pth", "open_clip_model.*", "open_clip_pytorch_model.*")
+ANY = ("*.bin", "*.pth", "*.pth.tar", "*.pt")
 # Arguments of a loader that say where a repository is, as huggingface_hub takes them.
 WHERE = ("revision", "cache_dir", "token", "local_files_only")
 
@@ -44,9 +46,8 @@ def require_readable(folder: Path) -> None:
             table = read_json(path).get("weight_map")
         for name in table.values() if isinstance(table, dict) else ():
             require_file_name(name, str(path))
-    for path in _matching(folder, *PICKLED):
-        with contextlib.suppress(zipfile.BadZipFile), open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            require_stored(path, archive, path.stat().st_size)
+    for path in _matching(folder, *(PICKLED if _matching(folder, *PREFERRED) else ANY)):
+        require_modest(path)
 
 
 def _matching(folder: Path, *patterns: str) -> list[Path]:

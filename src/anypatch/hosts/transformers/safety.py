@@ -8,6 +8,7 @@ from typing import Any
 
 from anypatch.errors import CheckpointError
 from anypatch.files.configs import PLACE, entries, read_config, require_file_name
+from anypatch.files.reading import require_modest
 from anypatch.hosts.timm.safety import require_nested
 from anypatch.hosts.vetting import repository_file, require_readable
 
@@ -63,7 +64,9 @@ def require_safe(config: dict[str, Any], path: Path) -> None:
     if not all(isinstance(name, str) for name in config.get("architectures") or ()):
         raise CheckpointError(f"{path}: architectures is {str(config['architectures'])[:100]}, which names no class")
     if config.get("transformers_weights") is not None:  # which of the files beside it has the weights
-        require_file_name(config["transformers_weights"], f"{path}: transformers_weights")
+        weights = path.parent / require_file_name(config["transformers_weights"], f"{path}: transformers_weights")
+        if weights.exists():
+            require_modest(weights)
     for keys, value in entries(config, path):
         key = str(keys[-1])
         if not isinstance(value, str):
