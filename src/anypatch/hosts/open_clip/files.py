@@ -65,6 +65,11 @@ def open_folder(source: Path) -> Opened:
     cfg = require_safe(source)
     if "timm_model_name" in cfg["vision_cfg"]:
         raise UnsupportedModelError(f"{source} has a timm tower: use anypatch.load and anypatch.save")
+    if not (source / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{source} holds no {WEIGHTS}: weights in another file are read by anypatch.load, and written by "
+            f"anypatch.save"
+        )
     raw, checkpoint = read_json(source / CONFIG), read(source / WEIGHTS)
     model = from_config(cfg, checkpoint)
 

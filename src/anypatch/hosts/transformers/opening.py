@@ -16,7 +16,7 @@ from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files import layouts
 from anypatch.files.configs import read_config
 from anypatch.files.header import Entry
-from anypatch.files.shards import INDEX, Shards, read_shards
+from anypatch.files.shards import Shards, read_shards
 from anypatch.hosts.loading import said
 from anypatch.hosts.opened import Opened, dump, merged
 from anypatch.hosts.transformers import processors
@@ -34,7 +34,7 @@ def open_folder(source: Path) -> Opened:
     require_model(str(source), {})
     require_no_adapter(source, "load it with anypatch.load and save it with anypatch.save, which merges them")
     raw = read_config(source / "config.json")
-    shards = read_shards(source)
+    shards = read_shards(source, raw.get("transformers_weights"))
     try:
         kind, config = class_of(str(source))
         model: Any = empty(lambda: kind(config))
@@ -58,7 +58,7 @@ def open_folder(source: Path) -> Opened:
 
     def index(values: Mapping[str, Tensor]) -> dict[str, str]:
         again = shards.reindexed(values)
-        return {} if again is None else {INDEX: dump(again)}
+        return {} if again is None else {shards.index_name: dump(again)}
 
     return Opened(model, shards.headers, lambda plan: _values(model, shards, plan, source), texts, index)
 
