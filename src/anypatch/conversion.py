@@ -19,14 +19,14 @@ from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.plan import Plan
 from anypatch.core.tables import PositionsLike
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files import atomic, shards
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import TYPE_NAMES, Header, read_header
 from anypatch.files.paths import given
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
-from anypatch.files.tensors import listed, require_finite, tensor_bytes
+from anypatch.files.tensors import require_finite, tensor_bytes
 from anypatch.hosts import cards, loading
 from anypatch.hosts.checkpoints import architecture, fit
 from anypatch.hosts.folders import without_formats

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class AnypatchWarning(UserWarning):
     """What the user should know and nothing is refused for: skipped images, a head that is new, a guess."""
@@ -63,3 +66,14 @@ class DataError(AnypatchError, ValueError):
     ...
     anypatch.errors.DataError: ./missing: no such folder
     """
+
+
+def listed(names: Sequence[Any], limit: int = 8) -> str:
+    """The first names of many, for a message; one that would move a terminal's cursor, or be seen by nobody, is quoted.
+
+    >>> listed(["cls", "pos\\n", "head"], 2)
+    "cls, 'pos\\\\n' and 1 more"
+    """
+    said = [str(name) for name in names[:limit]]
+    shown = ", ".join(name if name and name.isprintable() else repr(name) for name in said)
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files import layouts
 from anypatch.files.archives import read_archive
 from anypatch.files.header import map_tensors, read_header, require_names
@@ -67,9 +67,9 @@ class Checkpoint:
             CheckpointError: there are several; the message lists them.
         """
         if self.others:
-            listed = ", ".join(repr(name) for name in self.others[:8])
+            shown = listed(list(map(repr, self.others)))
             raise CheckpointError(
-                f'{self.path} holds several models: {listed}; say which with prefix="{self.others[0]}"'
+                f'{self.path} holds several models: {shown}; say which with prefix="{self.others[0]}"'
             )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files import layouts
 from anypatch.files.header import read_header
 from anypatch.files.reading import Checkpoint
@@ -85,12 +85,6 @@ def difference(stored: Shapes, taken: Shapes, optional: Callable[[str], bool] = 
         if name in found.other:
             return f"{name} of shape {found.other[name][1]}, where the model has {found.other[name][0]}"
     return f"{found.missing[0]}, which the model does not have" if found.missing else None
-
-
-def listed(names: list[str], limit: int = 6) -> str:
-    """The first names of many; one that would move a terminal's cursor, or be seen by nobody, is quoted."""
-    shown = ", ".join(name if name and name.isprintable() else repr(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], checkpoint: Checkpoint, arch: str) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files import layouts
 from anypatch.files.pickles import Odd
 
@@ -78,7 +78,7 @@ def unwrap(raw: Any, path: Path, prefix: str | None = None) -> Unwrapped:
         wanted = prefix if prefix.endswith(".") or not prefix else prefix + "."
         chosen = [f for f in found if wanted in (f[1] + f[2], f[2])]
         if not chosen:
-            raise CheckpointError(f"{path} has no patch projection behind {prefix!r}; {_listed(found)}")
+            raise CheckpointError(f"{path} has no patch projection behind {prefix!r}; {_behind(found)}")
         return _taken(path, chosen[0][3], chosen[0][2])
     if not found:
         return _taken(path, _first_table(raw, path), "")
@@ -92,8 +92,8 @@ def unwrap(raw: Any, path: Path, prefix: str | None = None) -> Unwrapped:
     return result
 
 
-def _listed(found: list[tuple[tuple[int, ...], str, str, dict[str, Any]]]) -> str:
-    names = ", ".join(repr((f[1] + f[2]).rstrip(".")[:200]) for f in found[:8])
+def _behind(found: list[tuple[tuple[int, ...], str, str, dict[str, Any]]]) -> str:
+    names = listed([repr((f[1] + f[2]).rstrip(".")[:200]) for f in found])
     return f"there is one behind {names}" if names else "it has none at all that is known"
 
 
@@ -203,9 +203,9 @@ def rooted(tensors: dict[str, Tensor], own: Iterable[str], path: Path) -> dict[s
     if not fitting:
         return tensors
     if len(fitting) > 1:
-        listed = ", ".join(repr(p.rstrip(".")) for p in fitting[:8])
+        shown = [p.rstrip(".") for p in fitting]
         raise CheckpointError(
-            f'{path} holds several models: {listed}; say which with prefix="{fitting[0].rstrip(".")}"'
+            f'{path} holds several models: {listed(list(map(repr, shown)))}; say which with prefix="{shown[0]}"'
         )
     (prefix,) = fitting
     if prefix.endswith(layouts.INNER):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anypatch.errors import DataError
+from anypatch.errors import DataError, listed
 from anypatch.files.paths import place
-from anypatch.measure.images import listed
 
 
 def read_class_names(names: str | Path | Sequence[str] | dict[str, str], classes: Sequence[str]) -> list[str]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anypatch.errors import DataError
+from anypatch.errors import DataError, listed
 from anypatch.files.paths import place
-from anypatch.measure.images import TEST, TRAIN, Data, ImageSet, listed, split
+from anypatch.measure.images import TEST, TRAIN, Data, ImageSet, split
 from anypatch.measure.pixels import as_rgb
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anypatch.errors import DataError
-from anypatch.measure.images import TEST, TRAIN, Data, ImageSet, listed, split
+from anypatch.errors import DataError, listed
+from anypatch.measure.images import TEST, TRAIN, Data, ImageSet, split
 from anypatch.measure.pixels import as_rgb
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anypatch.errors import DataError
+from anypatch.errors import DataError, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,8 +132,3 @@ def split(everything: ImageSet, notes: list[str]) -> Data:
         raise DataError(f"{everything.name}: every class has one image only, so there is nothing to test on")
     notes = [*notes, f"{everything.name} comes without a split: a fixed fifth of every class is tested on"]
     return Data(everything.subset(sorted(held)), everything.subset(rest), notes)
-
-
-def listed(names: Sequence[Any], most: int = 8) -> str:
-    shown = ", ".join(str(n) for n in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anypatch.errors import listed
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.decoding import decode, unreadable
 from anypatch.measure.folders import existing, image_files, images_under
-from anypatch.measure.images import ImageSet, listed
+from anypatch.measure.images import ImageSet
 from anypatch.tuning.asked import require_images
 from anypatch.tuning.crops import Crops
 

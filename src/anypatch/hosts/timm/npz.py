@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.empty import empty
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files import layouts
 from anypatch.files.reading import Checkpoint
-from anypatch.files.tensors import listed
 from anypatch.hosts.timm.classifier import head_names, reset
 
 

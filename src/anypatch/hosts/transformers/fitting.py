@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from anypatch.core.empty import empty
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files.reading import Checkpoint
-from anypatch.files.tensors import listed
 from anypatch.files.wrappers import rooted
 from anypatch.hosts.loading import said
 from anypatch.hosts.transformers.safety import require_safe_source
