@@ -121,6 +121,16 @@ def as_it_is() -> Iterator[None]:
         _state.busy = busy
 
 
+@contextlib.contextmanager
+def building() -> Iterator[bool]:
+    """A model is being built: whether it is none inside another."""
+    inside, _state.inside = getattr(_state, "inside", False), True
+    try:
+        yield not inside
+    finally:
+        _state.inside = inside
+
+
 def adapting(build: Callable[..., Any]) -> Callable[..., Any]:
     """A constructor or factory whose models are adapted, the outermost one only.
 
@@ -130,14 +140,11 @@ def adapting(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        inside, _state.inside = getattr(_state, "inside", False), True
-        try:
+        with building() as outermost:
             made = build(*args, **kwargs)
-        finally:
-            _state.inside = inside
         given = signature.bind_partial(*args, **kwargs).arguments
         loaded = given.get("pretrained") or given.get("checkpoint_path")
-        if inside or loaded:
+        if loaded or not outermost:
             return made
         return built_by_the_library(adapted(made)) if FAILED in os.environ else adapted(made)
 

@@ -119,7 +119,7 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
 
 
 def _adapt_on_construction(model_class: Any) -> None:
-    """Wrap the constructor of a model class: the outermost model of that very class is adapted.
+    """Wrap the constructor of a model class: a model of that very class is adapted, unless it is inside another.
 
     As a control it is then built once more by the library, from the configuration that the adapted one has.
     """
@@ -129,13 +129,15 @@ def _adapt_on_construction(model_class: Any) -> None:
 
     @functools.wraps(construct)
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        construct(self, config, *args, **kwargs)
-        if type(self) is model_class and not getattr(config, "_anypatch_adapted", False):
+        with adapting.building() as outermost:
+            construct(self, config, *args, **kwargs)
+        if outermost and type(self) is model_class and not getattr(config, "_anypatch_adapted", False):
             adapting.adapted(self)
             if self.config is not config:  # a saved and loaded configuration is at the new geometry already
                 self.config._anypatch_adapted = True
                 if adapting.FAILED in os.environ:
-                    construct(self, self.config, *args, **kwargs)
+                    with adapting.building():
+                        construct(self, self.config, *args, **kwargs)
 
     model_class.__init__ = init
     model_class._anypatch_peers = True
