@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import timm
+import torch
+from transformers import ViTConfig, ViTModel, ViTPreTrainedModel
 
-from peers import choice, explained, page, running
+from peers import adapting, choice, explained, page, running
 from peers.adapting import UNFED
 from peers.page import document, verdict
 from peers.running import CRASHED, Peer, Run, read, run
@@ -166,6 +168,46 @@ def test_that_ends_the_process():
     if os.environ["ANYPATCH_PEERS"] != "none":
         os._exit(3)
 """
+
+
+def test_of_models_inside_each_other_the_outermost_is_adapted_and_as_a_control_built_at_its_sizes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built: list[int] = []
+
+    class Tower(ViTModel):
+        pass
+
+    class Whole(ViTPreTrainedModel):
+        def __init__(self, config: ViTConfig) -> None:
+            super().__init__(config)
+            self.tower = Tower(config)
+            self.post_init()
+            if self.device.type != "meta":
+                built.append(config.patch_size)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.tower(pixel_values).last_hidden_state
+
+    result = tmp_path / "x.jsonl"
+    monkeypatch.setenv("ANYPATCH_PEERS", "image")
+    monkeypatch.setenv("ANYPATCH_PEERS_RESULT", str(result))
+    adapting.adapt_on_construction(Tower)
+    adapting.adapt_on_construction(Whole)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
+                       patch_size=4)  # fmt: skip
+    for control in (False, True):
+        if control:
+            monkeypatch.setenv(adapting.FAILED, "")
+        built.clear()
+        model = Whole(config)
+        assert adapting.results(result) == [{"adapted": "Whole"}]
+        assert (model.config.patch_size, config.patch_size) == (8, 4)
+        assert model.tower.embeddings.position_embeddings.shape == (1, 5, 16)
+        assert model.tower.embeddings.patch_embeddings.projection.kernel_size == (8, 8)
+        assert built.count(8) == 1 + control  # a twin, and the control itself
+        assert Whole(model.config).config.patch_size == 8  # of what was saved another is built as it is
+        result.unlink()
 
 
 @pytest.mark.long

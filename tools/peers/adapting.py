@@ -151,6 +151,31 @@ def adapting(build: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def adapt_on_construction(model_class: Any) -> None:
+    """Wrap the constructor of a model class: a model of that very class is adapted, unless it is inside another.
+
+    As a control it is then built once more by the library, from the configuration that the adapted one has.
+    """
+    if getattr(model_class, "_anypatch_peers", False):
+        return
+    construct = model_class.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        with building() as outermost:
+            construct(self, config, *args, **kwargs)
+        if outermost and type(self) is model_class and not getattr(config, "_anypatch_adapted", False):
+            adapted(self)
+            if self.config is not config:  # a saved and loaded configuration is at the new geometry already
+                self.config._anypatch_adapted = True
+                if FAILED in os.environ:
+                    with building():
+                        construct(self, self.config, *args, **kwargs)
+
+    model_class.__init__ = init
+    model_class._anypatch_peers = True
+
+
 def built_by_the_library(model: Any) -> Any:
     """A model of the same configuration that the host library itself builds at the model's geometry."""
     import anypatch

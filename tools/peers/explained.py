@@ -65,6 +65,14 @@ ROWS: tuple[Row, ...] = (
     ("timm", "^grid$", r"test_swin_family_script_after_resize", r"^assert \(128, 192\) == \(64, 96\)", SWIN),
     ("timm", "^image$", r"test_swin_family_set_input_size_stage_windows", r"^assert \(\[\(\(4, 4\)", SWIN),
     ("timm", "^image$", r"test_swin_family_set_input_size\[swinv2_cr", r"^assert not True", SWIN),
+    (
+        "transformers",
+        "",
+        r"test_can_init_all_missing_weights",
+        r"not properly handled in `_init_weights\(\)`.*(`weight` in module `(Conv|Linear)|[Ee]mbeddings|table)",
+        "the test draws a model's weights twice from one seed and asks for the same numbers to the last bit; once the "
+        "model is adapted between, and those of its patches and positions are no longer what was drawn",
+    ),
 )
 
 

@@ -38,6 +38,7 @@ class Peer:
         plugins: further pytest plugins.
         chunk: after so many tests a fresh process: one that has built hundreds of models keeps some of their memory.
         all_models: whether tests run on every model of the library, of which `choice` takes a few.
+        fails: why tests fail on models as they are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Peer:
     plugins: tuple[str, ...] = ()
     chunk: int = 250
     all_models: bool = False
+    fails: str = "most ask for a download, a device or a package that is not there"
 
     @property
     def version(self) -> str:
@@ -60,7 +62,8 @@ PEERS = (
     Peer("timm", "timm", ("tests",), "not _pretrained[ and not test_model_inference", mentions="create_model",
          all_models=True),
     Peer("transformers", "transformers", ("tools/peers/transformers_models.py",), paths=(".",),
-         chunk=4000),
+         chunk=4000, fails="most ask for what the file of the single model would say: words beside the picture, how "
+         "many layers there are, which tests of text do not apply"),
     Peer("open_clip", "open_clip_torch", ("tests/test_inference.py", "tests/test_training_simple.py"),
          paths=("tests",), plugins=("peers.open_clip_data",), all_models=True),
 )  # fmt: skip

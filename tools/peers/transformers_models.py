@@ -118,31 +118,6 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in seen.items() if isinstance(v, torch.Tensor)}
 
 
-def _adapt_on_construction(model_class: Any) -> None:
-    """Wrap the constructor of a model class: a model of that very class is adapted, unless it is inside another.
-
-    As a control it is then built once more by the library, from the configuration that the adapted one has.
-    """
-    if getattr(model_class, "_anypatch_peers", False):
-        return
-    construct = model_class.__init__
-
-    @functools.wraps(construct)
-    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        with adapting.building() as outermost:
-            construct(self, config, *args, **kwargs)
-        if outermost and type(self) is model_class and not getattr(config, "_anypatch_adapted", False):
-            adapting.adapted(self)
-            if self.config is not config:  # a saved and loaded configuration is at the new geometry already
-                self.config._anypatch_adapted = True
-                if adapting.FAILED in os.environ:
-                    with adapting.building():
-                        construct(self, self.config, *args, **kwargs)
-
-    model_class.__init__ = init
-    model_class._anypatch_peers = True
-
-
 def _case(family: Any, common: Any) -> type:
     """The common tests of one family; none of its models is built while they are collected."""
     tester = functools.cache(functools.partial(Tester, family.build))
@@ -152,7 +127,7 @@ def _case(family: Any, common: Any) -> type:
         if not self.model_tester.inputs:
             self.skipTest(UNFED)
         self.all_model_classes = (self.model_tester.model_class,)
-        _adapt_on_construction(self.model_tester.model_class)
+        adapting.adapt_on_construction(self.model_tester.model_class)
         torch.manual_seed(0)
 
     left = zlib.crc32(family.name.encode())
