@@ -170,3 +170,44 @@ def test_every_method_over_layers_that_change_is_exact_or_refused(
 def test_every_method_of_the_registry_is_tried_or_of_text() -> None:
     assert REGISTRY.keys() >= OF_TEXT
     assert {name for name, _ in CASES} | OF_TEXT == REGISTRY.keys()
+
+
+def adapted_by_peft(**options: Any) -> Any:
+    targets = ["patch_embed.proj", "qkv"]
+    config = peft.IA3Config(target_modules=targets, feedforward_modules=[]) if options.pop("ia3", False) else None
+    model = peft.get_peft_model(of_timm().eval(), config or peft.LoraConfig(r=2, target_modules=targets, **options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2 + 1)
+    return model.eval()
+
+
+@pytest.mark.siblings(fast=1)
+@pytest.mark.parametrize("options", [{}, {"ia3": True}, {"use_rslora": True}])
+def test_adapters_that_are_merged_into_the_weights_are_merged_in_their_views(options: dict[str, Any]) -> None:
+    model, x = adapted_by_peft(**options), torch.rand(2, 3, 64, 64)
+    view = anypatch.at(model, 8)
+    with torch.no_grad():
+        before = view(x)
+        model.merge_adapter()
+        torch.testing.assert_close(view(x), before, rtol=1e-3, atol=1e-3)
+        later = anypatch.at(model, 8)
+        model.unmerge_adapter()
+        for face in (view, later):
+            torch.testing.assert_close(face(x), before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_view_merges_no_adapters_into_weights_that_it_computes(tmp_path) -> None:
+    model, x = adapted_by_peft(), torch.rand(2, 3, 64, 64)
+    view = anypatch.at(model, 8)
+    before, native = view(x), model(x)
+    for refused in (view.merge_adapter, view.merge_and_unload, view.unmerge_adapter):
+        with pytest.raises(UnsupportedModelError, match="merge and unmerge adapters there"):
+            refused()
+    torch.testing.assert_close(view(x), before)
+    torch.testing.assert_close(model(x), native)
+    anypatch.save(view, tmp_path / "merged")  # merges in a copy
+    saved = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
+    torch.testing.assert_close(saved(x), before, rtol=1e-3, atol=1e-3)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,6 +30,9 @@ from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
+
+MERGED = "merged_adapters"  # of PEFT's layers, and what writes it together with their weights
+MERGING = ("merge", "unmerge")
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ def view(model: M, plan: Plan | None) -> M:
     made = {id(module): shells.shell(module) for module in model.modules()}
     for shell in made.values():
         vars(shell)[MARK] = {}
+    _share_merged((module, made[id(module)]) for module in model.modules())
     if plan is not None:
         for step in plan.steps:
             _bind(step, model, made, shells)
@@ -195,6 +199,19 @@ def view(model: M, plan: Plan | None) -> M:
     if computing is None:  # else its tensors are read once in a run, however the view is called
         root.register_forward_pre_hook(outdated.require_same)
     return root
+
+
+def _share_merged(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Which of PEFT's adapters the weights contain is a state of the weights, which the view shares."""
+    for module, shell in pairs:
+        if MERGED in vars(module):
+            vars(shell)[MERGED] = vars(module)[MERGED]
+            vars(shell).update(dict.fromkeys(MERGING, _refuse_merging))
+
+
+def _refuse_merging(*args: Any, **kwargs: Any) -> None:
+    """In the place of what would write into weights that are computed."""
+    raise UnsupportedModelError("a view computes its weights from its model's: merge and unmerge adapters there")
 
 
 def _bind(step: Step, model: nn.Module, made: dict[int, nn.Module], shells: Shells) -> None:
@@ -273,6 +290,9 @@ def _stand(module: nn.Module, shells: Shells) -> nn.Module:
     for source in module.modules():
         shell = shells.shell(source)
         bound: dict[str, Bound] = vars(shell).pop(MARK, {})
+        for name in MERGING:
+            if vars(shell).get(name) is _refuse_merging:
+                del vars(shell)[name]
         if not bound:
             continue
         object.__setattr__(shell, "__class__", type(source).__mro__[2])  # after the subclass and _Bound
