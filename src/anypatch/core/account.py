@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from anypatch.core.adapters import Place, match, reads_same_input, wrapped
-from anypatch.core.diff import BOOKKEEPING, CacheEdit, Edit, ParameterEdit
+from anypatch.core.diff import BOOKKEEPING, AttributeEdit, CacheEdit, Edit, ParameterEdit
 from anypatch.core.recorded import require_open
-from anypatch.core.recordings import left_behind
+from anypatch.core.recordings import left_behind, sized
 from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject, Twins
 from anypatch.errors import AnypatchError, UnsupportedModelError
@@ -144,6 +144,22 @@ class Account:
             )
             if names or id(module) not in known:
                 found.append(Extra(path, module, frozenset(names), id(module) not in known))
+        return found
+
+    def stale(self) -> list[Edit]:
+        """Numbers that a forward pass of the library's put in the place of those that it builds with, by its sizes.
+
+        The next pass does so again where it has to: of a window as large as the map, which is not shifted.
+        """
+        paths = {id(module): path for path, module in self.root.named_modules()}
+        found: list[Edit] = []
+        for path, twin in self._old.named_modules():
+            for live in self.places[path].layers:
+                for name in sized(type(live)) if type(live) is type(twin) else ():
+                    now, built = vars(live).get(name), vars(twin).get(name)
+                    numbers = type(built) is int and type(now) is int
+                    if numbers and now != built and (path, name) not in self._edited:
+                        found.append(AttributeEdit(paths[id(live)], name, None, now, built))
         return found
 
     def _over_what_stays(self) -> Iterator[nn.Module]:

@@ -127,7 +127,7 @@ def make(
     account = Account(subject, twins.old, edits)
     context = Context(twins, account.widths(), method, sampling)
     extras = [] if rule is None else rule(account.root, account.extras(), context)
-    plan = _Binder(subject, target, account, shared).bind(edits, extras)
+    plan = _Binder(subject, target, account, shared).bind(edits, [*account.stale(), *extras])
     return replace(plan, doubts=context.doubts)
 
 

@@ -7,8 +7,10 @@ table or a cache (``if self.cache is None``) by the order of the instructions in
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dis
 import functools
+import itertools
 import re
 import types
 import weakref
@@ -28,6 +30,8 @@ DEPTH = 3  # of containers in what is recorded: a list for each layer in a dicti
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 CALLED = (len, int, float, range, tuple, list, isinstance, min, max, sum, round, abs, zip, enumerate)
 SET, FILLED = "set", "filled"
+ENDS = ("POP_JUMP", "JUMP", "STORE_", "POP_TOP", "RETURN")  # of a statement
+_SIZED: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
 _KNOWN: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
@@ -46,10 +50,58 @@ def recorded(kind: type) -> dict[str, str]:
         found: dict[str, str] = {}
         for base in kind.__mro__:
             for name, value in vars(base).items():
-                if base not in nn.Module.__mro__ and isinstance(value, types.FunctionType) and RUNNING.search(name):
-                    found.update(_written(value.__code__))
+                if base not in nn.Module.__mro__ and RUNNING.search(name):
+                    found.update(pair for code in _codes(value) for pair in _written(code))
         _KNOWN[kind] = found
     return _KNOWN[kind]
+
+
+def sized(kind: type) -> frozenset[str]:
+    """Attributes that a class's forward pass, or a method that it calls, sets to something else than it had made of it.
+
+    What it makes of them (a counter) it reads in the assignment.
+
+    Examples:
+        >>> class Window(nn.Module):
+        ...     def forward(self, x):
+        ...         self.calls = self.calls + 1
+        ...         self.shrink(x.shape[1])
+        ...     def shrink(self, tokens):
+        ...         if tokens <= self.window_size:
+        ...             self.window_size = tokens
+        >>> sized(Window)
+        frozenset({'window_size'})
+    """
+    if kind not in _SIZED:
+        own = {name: value for base in reversed(_own(kind)) for name, value in vars(base).items()}
+        codes, found = [], set()
+        names = deque(["forward"])
+        while names:
+            for code in _codes(own.pop(names.popleft(), None)):
+                codes.append(code)
+                names.extend(code.co_names)
+        for code in codes:
+            steps = [step for step in dis.get_instructions(code) if step.opname not in NOISE]
+            for i, step in enumerate(steps):
+                assigned = itertools.takewhile(lambda other: not other.opname.startswith(ENDS), reversed(steps[:i]))
+                if step.opname == "STORE_ATTR" and not any(other.argval == step.argval for other in assigned):
+                    found.add(step.argval)
+        _SIZED[kind] = frozenset(found)
+    return _SIZED[kind]
+
+
+def _codes(function: Any, depth: int = 0) -> Iterator[types.CodeType]:
+    """A function's code, and that of the function that it decorates."""
+    if not isinstance(function, types.FunctionType) or depth > DEPTH:
+        return
+    yield function.__code__
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield from _codes(cell.cell_contents, depth + 1)
+
+
+def _own(kind: type) -> list[type]:
+    return [base for base in kind.__mro__ if base not in nn.Module.__mro__]
 
 
 def written_by(hook: Any) -> dict[str, str]:

@@ -566,3 +566,24 @@ def test_sizes_of_processors() -> None:
     assert resized({"image_seq_length": 64}, Geometry((4, 4), (32, 32)), Geometry((8, 8), (32, 32))) == {
         "image_seq_length": 16
     }
+
+
+@pytest.mark.siblings(fast=1)
+@pytest.mark.parametrize("kind", ["Swin", "DonutSwin"])
+@pytest.mark.parametrize("by", ["adapt", "at"])
+def test_windows_that_a_forward_pass_did_not_shift_are_shifted_again_at_a_larger_image(kind: str, by: str) -> None:
+    """Where the map is one window, transformers writes so into the layer, and never takes it back."""
+    sizes = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
+    config, cls = getattr(transformers, f"{kind}Config"), getattr(transformers, f"{kind}Model")
+    model = cls(config(**sizes, image_size=32)).eval()
+    with torch.no_grad():
+        randomise(model, torch.Generator().manual_seed(1))
+    model(torch.rand(1, 3, 32, 32))
+    assert model.encoder.layers[1].blocks[1].shift_size == 0
+    fresh = cls(config(**sizes, image_size=64)).eval()
+    fresh.load_state_dict(model.state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    larger = anypatch.adapt(model, image_size=64) if by == "adapt" else anypatch.at(model, image_size=64)
+    torch.testing.assert_close(larger(x).last_hidden_state, fresh(x).last_hidden_state)
+    if by == "at":
+        assert model.encoder.layers[1].blocks[1].shift_size == 0
