@@ -102,6 +102,28 @@ def test_the_page_counts_and_names() -> None:
     assert page.PART in text
 
 
+@pytest.mark.usefixtures("one_row")
+def test_a_page_of_one_library_leaves_what_is_said_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Peer("timm", "timm", ()), Peer("open_clip", "open_clip_torch", ())
+    monkeypatch.setattr(page, "PEERS", (first, second))
+    whole = Run({"same": ("passed", "")}, known={"same"}, changed={"same"}, finished=True, code=running.code())
+
+    def both(one: Run, other: Run, plain: Run = PLAIN) -> str:
+        runs = {(first, "none"): PLAIN, (first, "grid"): one, (second, "none"): plain, (second, "grid"): other}
+        return document(runs)[0]
+
+    empty, old, new = both(Run(), FOUND, whole), both(FOUND, Run(), whole), both(FOUND, FOUND, whole)
+    assert page.kept(new, new, ["timm"]) == page.kept(new, empty, ["open_clip"]) == new
+    assert page.kept(old, empty, ["open_clip"]) == new
+    assert page.PART in new
+    done = document({(first, "none"): whole, (first, "grid"): whole})[0]
+    assert page.PART not in done
+    assert (
+        page.kept(done.replace(first.version, "timm 0"), document({(second, "none"): whole})[0], ["open_clip"])
+        == (document({(second, "none"): whole})[0])
+    )
+
+
 def test_a_cut_file_of_results_is_read_to_where_it_goes(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"of": ["timm 1", ""]},

@@ -10,6 +10,7 @@ cut short is a sample of them all. It goes on where it was; outcomes of other co
     python tools/peers/__main__.py --host timm --mode back      # a part; prints, writes nothing
     python tools/peers/__main__.py --host timm -k cait --chunks 1   # a part of it: the first few hundred tests
     python tools/peers/__main__.py --keep --page                # no run: what there is, as docs/peers.md
+    python tools/peers/__main__.py --keep --page --host timm    # of one library; of the others it stays as it is
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TOOLS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TOOLS))
 
 from peers.adapting import MODES
-from peers.page import document
+from peers.page import document, kept
 from peers.running import PEERS, ROOT, Peer, read, result_file, run
 
 PAGE = ROOT / "docs" / "peers.md"
@@ -43,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {(peer, mode): one for (peer, mode, control), one in found.items() if not control}
     controls = {(peer, mode): one for (peer, mode, control), one in found.items() if control}
     text, faults = document(runs, controls)
-    part = options.host or options.mode or options.select
-    if not part:
-        PAGE.write_text(text, encoding="utf-8")
     print(text)
+    if options.host and options.page and not (options.mode or options.select):
+        text = kept(PAGE.read_text(encoding="utf-8"), text, options.host)
+    if not (options.mode or options.select) and (options.page or not options.host):
+        PAGE.write_text(text, encoding="utf-8")
     return 1 if faults else 0
 
 

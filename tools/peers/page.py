@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from peers import choice
 from peers.explained import explanation
-from peers.running import Peer, Run, code
+from peers.running import PEERS, Peer, Run, code
 
 SAID = {
     "back": "grid kept at twice the patch, and back",
@@ -17,6 +18,13 @@ SAID = {
     "size": "image larger by a few patches, patch kept",
 }
 COLUMNS = "| library | models adapted | tests | pass | left out by their own bound | explained | faults |"
+
+TITLES = (
+    "What fails because of a size that the test writes out",
+    "What fails and nothing explains",
+    "What was not run",
+    "Models that were refused, and left as they were",
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,61 @@ def document(runs: dict[tuple[Peer, str], Run], controls: dict[tuple[Peer, str],
         "",
         f"Versions: {', '.join(peer.version for peer in _peers(runs))}.",
         *(() if all(found.finished for found in runs.values()) else ("", PART)),
-        *_section("What fails because of a size that the test writes out", reasons),
-        *_section("What fails and nothing explains", faults or ["Nothing."]),
-        *_section("What was not run", list(_not_run(runs))),
-        *_section("Models that were refused, and left as they were", _refused(refusals)),
+        *_section(TITLES[0], reasons),
+        *_section(TITLES[1], faults or ["Nothing."]),
+        *_section(TITLES[2], list(_not_run(runs))),
+        *_section(TITLES[3], _refused(refusals)),
     ]
     return "\n".join(text) + "\n", len(faults)
+
+
+def kept(old: str, new: str, names: Sequence[str]) -> str:
+    """The new page, of some libraries, with what the old one says of the others: they were not run this time.
+
+    Args:
+        old: the page as it is.
+        new: a page of the same libraries' versions.
+        names: the libraries that the new page is about.
+    """
+    before, now = _parts(old), _parts(new)
+    others = [peer.name for peer in PEERS if peer.name not in names and peer.version in old]  # not of another version
+    made = []
+    for title in ("", *TITLES):
+        said = {name: now.get(title, []) if name in names else before.get(title, []) for name in (*names, *others)}
+        order = [peer.name for peer in PEERS if peer.name in said]
+        made.append((title, [line for name in order for line in said[name] if _library(line) == name]))
+    text = []
+    for title, lines in made:
+        frame = [line for line in now.get(title, []) if _library(line) is None]
+        if title:
+            text += _section(title, lines or [line for line in frame if line])
+            continue
+        cut = any("not run yet" in line or "cut short" in line for _, listed in made for line in listed)
+        frame = [line for line in frame if line != PART]
+        at = next(i for i, line in enumerate(frame) if line.startswith("|---")) + 1
+        text += [*frame[:at], *lines, *frame[at:]]
+        while text[-1] == "":
+            text.pop()
+        text += ["", PART] if cut else []
+    return "\n".join(text) + "\n"
+
+
+def _parts(text: str) -> dict[str, list[str]]:
+    """The lines of a page by their heading; those of the first part, with the table, under no name."""
+    parts: dict[str, list[str]] = {"": []}
+    title = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            title = line.removeprefix("## ")
+            parts[title] = []
+        else:
+            parts[title].append(line)
+    return parts
+
+
+def _library(line: str) -> str | None:
+    """The library that a line of the page is about."""
+    return next((peer.name for peer in PEERS if re.match(rf"(\| |- ){peer.name}\b", line)), None)
 
 
 INTRODUCTION = (
