@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,29 @@ def test_a_page_of_one_library_leaves_what_is_said_of_the_others(monkeypatch: py
         page.kept(done.replace(first.version, "timm 0"), document({(second, "none"): whole})[0], ["open_clip"])
         == (document({(second, "none"): whole})[0])
     )
+
+
+def test_the_place_of_a_failure_is_in_the_test_or_the_library() -> None:
+    """Thousands fail in one line of unittest: that line is no sign of the same failure."""
+
+    def at(path: str, lineno: int) -> SimpleNamespace:
+        return SimpleNamespace(reprfileloc=SimpleNamespace(path=path, lineno=lineno))
+
+    entries = [at("tests/test_x.py", 3), at("/python/unittest/case.py", 715)]
+    crash = SimpleNamespace(message="False is  not true", path="/python/unittest/case.py", lineno=715)
+    traceback = SimpleNamespace(reprentries=entries)
+    report: Any = SimpleNamespace(longrepr=SimpleNamespace(reprcrash=crash, reprtraceback=traceback))
+    assert adapting._last_line(report) == "False is not true [test_x.py:3]"
+    entries.append(at("/site-packages/timm/layers.py", 9))
+    entries.append(at("/site-packages/torch/nn/modules/conv.py", 560))
+    assert adapting._last_line(report) == "False is not true [layers.py:9]"
+
+
+def test_a_test_one_of_whose_parts_fails_as_it_is_says_nothing() -> None:
+    lines: list[dict[str, Any]] = [{"started": "a"}, {"known": "Vit"}]
+    lines += [{"test": "a", "outcome": outcome, "last": ""} for outcome in ("failed", "passed")]
+    assert adapting._telling(lines) == set()
+    assert adapting._telling([*lines[:2], lines[3]]) == {"a"}
 
 
 def test_a_cut_file_of_results_is_read_to_where_it_goes(tmp_path: Path) -> None:

@@ -254,14 +254,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _telling(lines: list[dict[str, Any]]) -> set[str]:
     """Tests that passed on models as they are and built one whose patch size is known."""
-    known, passed, running = set(), set(), ""
+    known, passed, failed, running = set(), set(), set(), ""
     for line in lines:
         running = line.get("started", running)
         if "known" in line:
             known.add(running)
-        if line.get("outcome") == "passed":
-            passed.add(line["test"])
-    return known & passed
+        if "outcome" in line:  # of a subtest as well
+            (passed if line["outcome"] == "passed" else failed).add(line["test"])
+    return known & passed - failed
 
 
 def unfed(lines: list[dict[str, Any]]) -> set[str]:
@@ -308,12 +308,16 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def _last_line(report: Any) -> str:
-    """The error, and the last place in a file that raised it."""
+    """The error, and the last place in a file that raised it: of the test or the library, where many tests fail in one
+    line of torch or unittest."""
     crash = getattr(report.longrepr, "reprcrash", None)
+    entries = getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", [])
+    places = [entry.reprfileloc for entry in entries if getattr(entry, "reprfileloc", None) is not None]
     text = crash.message if crash is not None else str(report.longrepr)
     if isinstance(report.longrepr, tuple):  # a skip: file, line, reason
         text = str(report.longrepr[2])
-    place = f" [{Path(crash.path).name}:{crash.lineno}]" if crash is not None else ""
+    found = next((at for at in reversed(places) if not {"torch", "unittest"} & set(Path(at.path).parts)), crash)
+    place = f" [{Path(found.path).name}:{found.lineno}]" if found is not None else ""
     text = " ".join(text.split())
     if "ImportError while importing test module" in text:
         return text.rpartition(" E ")[2]
