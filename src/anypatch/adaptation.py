@@ -24,6 +24,7 @@ from anypatch.core.views import described, is_view, require_no_view, view
 from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts import recognise
 from anypatch.hosts.base import Host
+from anypatch.hosts.structural.gradients import require_free_gradients
 from anypatch.hosts.structural.rehearsing import require_rehearsed
 from anypatch.hosts.structural.surroundings import follow_surroundings
 
@@ -144,6 +145,8 @@ def plan_for(
         return plans.make(subject, geometry, method, sampling, follow_surroundings, shared=shared)
 
     plan = make(target)
+    if not shared:
+        require_free_gradients(plan)
     if rehearse:
         require_rehearsed(plan, lambda: recognise(subject.model).example(subject), make)
     return plan

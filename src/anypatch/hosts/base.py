@@ -217,8 +217,14 @@ class Example:
 
 
 def comes_from(model: nn.Module, package: str) -> bool:
-    """Whether the model's class is defined in ``package``."""
-    return type(model).__module__.split(".")[0] == package
+    """Whether the model's class is defined in ``package``, also where torch put a subclass in its place."""
+    kind = next((kind for kind in type(model).__mro__ if not parametrized(kind)), type(model))
+    return kind.__module__.split(".")[0] == package
+
+
+def parametrized(kind: type) -> bool:
+    """Whether torch made a class in the place of another, whose parameters are computed (``parametrize``)."""
+    return kind.__module__ == "torch.nn.utils.parametrize" and kind.__name__.startswith("Parametrized")
 
 
 def plain(size: Size) -> int | Size:

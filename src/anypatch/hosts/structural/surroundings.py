@@ -108,6 +108,8 @@ class Surroundings:
         for path, module in root.named_modules():
             for kind in HOOKS:
                 for hook in getattr(module, kind).values():
+                    if type(hook).__module__.startswith("torch.nn.utils."):
+                        continue  # computes a weight from others, which are the module's
                     full = f"a hook of {path or type(module).__name__}"
                     self.values.followed("hook", hook, full, {})
                     written = written_by(hook)
@@ -152,8 +154,8 @@ class Surroundings:
         """Whether a convolution that has the patch as its stride sees the image, not a map of tokens."""
         if conv.in_channels <= PIXEL_CHANNELS:
             return True
-        reads_tokens = self.stem is not None and conv.in_channels == self.stem.weight.shape[0]
-        same = self.stem is not None and conv.in_channels == self.stem.weight.shape[1]
+        reads_tokens = self.stem is not None and conv.in_channels == self.stem[0]
+        same = self.stem is not None and conv.in_channels == self.stem[1]
         return same or (min(self.patch) >= 2 * TELLING and not reads_tokens)
 
     def _projection(self, path: str, conv: Any, size: Size) -> Iterator[Edit]:
@@ -237,7 +239,7 @@ class Surroundings:
         size, widths = layer.in_features, self.context.widths | self.produced
         if size in self.counts - widths:
             self._doubt(path, layer, "weight", size, f"mixes a fixed number of tokens ({size})")
-        width = size if self.stem is None else self.stem.weight.shape[0]
+        width = size if self.stem is None else self.stem[0]
         if size % width == 0 and layer.out_features != width:
             widths = widths | {size}  # features of several kinds or layers side by side
         all_tokens = size % width == 0 and size // width in self.tokens and size not in self.produced
@@ -248,7 +250,7 @@ class Surroundings:
             self._refuse(path, layer, f"reads flattened patches ({size} values), in an order that cannot be told")
 
     def _pixels(self) -> set[int]:
-        channels = {1, 3, *(() if self.stem is None or self.stem.weight.ndim < 3 else (self.stem.weight.shape[1],))}
+        channels = {1, 3, *(() if self.stem is None or len(self.stem) < 3 else (self.stem[1],))}
         return {c * math.prod(self.patch) for c in channels}
 
     # -- tensors -----------------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ class Surroundings:
         for size in set(shape) - widths:
             if self.telling and size in self._pixels() and size not in self.counts:
                 raise _refusal(full, f"has the number of values in a patch ({shape})")
-        width = None if self.stem is None else self.stem.weight.shape[0]
+        width = None if self.stem is None else self.stem[0]
         rows = {pair[0] for pair in itertools.pairwise(shape) if pair[1] == width}
         for size in self.counts & (rows | set(shape) - widths):
             error = _refusal(full, f"has the number of tokens ({shape})")
@@ -378,13 +380,21 @@ def _refusal(full: str, why: str) -> UnsupportedModelError:
     )
 
 
-def _stem(old: nn.Module, new: nn.Module, patch: Size) -> Any:
-    """The first layer of the twins whose weight follows the patch, or that has it as its stride."""
+def _stem(old: nn.Module, new: nn.Module, patch: Size) -> Size | None:
+    """The shape of the weight of the first layer of the twins whose weight follows the patch, or that has it as its
+    stride."""
     after = dict(new.named_modules())
-    for path, module in old.named_modules():
+    layers = [(path, m) for path, m in old.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    for path, module in layers:
         twin = after.get(path)
-        alike = isinstance(module, (*CONVOLUTIONS, nn.Linear)) and type(twin) is type(module)
-        if alike and module.weight.shape != twin.weight.shape:  # type: ignore[union-attr]
-            return module
-    found = [m for m in old.modules() if isinstance(m, CONVOLUTIONS) and tuple(m.stride) == patch]
+        if type(twin) is type(module) and _shape(module) != _shape(twin):
+            return _shape(module)
+    found = [_shape(m) for _, m in layers if isinstance(m, CONVOLUTIONS) and tuple(m.stride) == patch]
     return found[0] if found else None
+
+
+def _shape(layer: Any) -> Size:
+    """Of a weight, which may be computed from other tensors whenever it is read."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size

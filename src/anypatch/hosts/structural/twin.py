@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.core.account import Context, Doubt, Extra
+from anypatch.core.account import Context, Doubt, Extra, tensor_of
 from anypatch.core.diff import AttributeEdit, ParameterEdit
 from anypatch.core.geometry import Geometry, Size
 from anypatch.core.recordings import results
@@ -39,6 +39,7 @@ SPREADING = ("__composable_api_state_key", "_fsdp_")
 
 def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Module:
     old, name = layout.geometry, type(model).__name__
+    _require_kept(model, layout, geometry)
     require_known_grid(model, layout, geometry)
     doubts = require_explained(model, layout, geometry)
     build = functools.partial(_twin, model, layout)
@@ -49,12 +50,25 @@ def build_twin(model: nn.Module, layout: Layout, geometry: Geometry) -> nn.Modul
     return twin
 
 
+def _require_kept(model: nn.Module, layout: Layout, geometry: Geometry) -> None:
+    """What has to change is kept as it is, and not computed from other tensors whenever the model runs.
+
+    Raises:
+        UnsupportedModelError: it is parametrized, pruned or normed; the message says what undoes it.
+    """
+    changing = [(path, "weight") for path in layout.stems] if geometry.patch_size != layout.geometry.patch_size else []
+    if geometry.grid != layout.geometry.grid:
+        changing += [(table.path, table.name.removesuffix("_orig")) for table in layout.tables]
+    for path, name in changing:
+        tensor_of(model.get_submodule(path), name, f"{path}.{name}" if path else name)
+
+
 def _twin(model: nn.Module, layout: Layout, geometry: Geometry, doubts: list[Doubt] | None = None) -> nn.Module:
     old = layout.geometry
     twin = copy_of(model)
     if (geometry.patch_size, geometry.image_size) == (old.patch_size, old.image_size):
         return twin
-    for path in layout.stems:
+    for path in layout.stems if geometry.patch_size != old.patch_size else ():
         _set_projection(twin, path, geometry)
     if geometry.grid is not None and geometry.grid != old.grid:
         for table in layout.tables:

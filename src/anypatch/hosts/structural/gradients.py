@@ -1,0 +1,47 @@
+"""Hooks on parameters: what they hold of a gradient's shape (the mask of a pruned weight) does not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from anypatch.core.geometry import Size
+from anypatch.core.plan import Plan
+from anypatch.core.steps import SetParameter
+from anypatch.errors import UnsupportedModelError
+from anypatch.hosts.structural.holdings import holdings
+
+HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def require_free_gradients(plan: Plan) -> None:
+    """No hook on a parameter that changes holds a tensor that meets its gradient today and would not afterwards.
+
+    Raises:
+        UnsupportedModelError: one does, and the next backward pass would fail; the message names it.
+    """
+    names = {id(parameter): name for name, parameter in plan.subject.model.named_parameters()}
+    for step in plan.steps:
+        if not isinstance(step, SetParameter):
+            continue
+        old, new = tuple(step.parameter.shape), tuple(step.data.shape)
+        for hook in _hooks(step.parameter):
+            for where, _, item in holdings("", hook):
+                if isinstance(item, Tensor) and _meets(tuple(item.shape), old) and not _meets(tuple(item.shape), new):
+                    raise UnsupportedModelError(
+                        f"a hook on {names.get(id(step.parameter), 'a parameter')} holds {where.lstrip('.')}, of shape "
+                        f"{tuple(item.shape)}, for gradients of {old}, which will be {new}: take it off before "
+                        f"adapting, and put one that fits there afterwards"
+                    )
+
+
+def _hooks(parameter: nn.Parameter) -> Iterator[Any]:
+    for name in HOOKS:
+        yield from (getattr(parameter, name, None) or {}).values()
+
+
+def _meets(shape: Size, other: Size) -> bool:
+    """Whether a tensor is combined entry by entry with one of another shape, along all axes that have a length."""
+    return len(shape) <= len(other) and all(a in (1, b) for a, b in zip(shape[::-1], other[::-1], strict=False))
