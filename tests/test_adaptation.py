@@ -256,6 +256,47 @@ def test_lora_trains_afterwards() -> None:
     assert any("patch_embed" in n for n in trained)
 
 
+def adapt_with(optimizer: torch.optim.Optimizer, model: nn.Module, **sizes: Any) -> set[nn.Parameter]:
+    """As the guide does it; returns the parameters that were resized."""
+    shapes = {parameter: parameter.shape for parameter in model.parameters()}
+    anypatch.adapt(model, **sizes)
+    for parameter, shape in shapes.items():
+        if parameter.shape != shape:
+            optimizer.state.pop(parameter, None)
+    return {parameter for parameter, shape in shapes.items() if parameter.shape != shape}
+
+
+# Of torch's, all but those for sparse gradients and matrices, and LBFGS, whose state is of all parameters together.
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("Adafactor", {}), ("SGD", {"momentum": 0.9}), ("Adagrad", {"fused": True}), ("RMSprop", {"momentum": 0.9}),
+    ("NAdam", {}), ("RAdam", {}), ("Adadelta", {}), ("Adamax", {}), ("ASGD", {}), ("Rprop", {}), ("Adagrad", {}),
+    ("AdamW", {"amsgrad": True, "fused": True}),
+]  # fmt: skip
+
+
+@pytest.mark.siblings(fast=2)
+@pytest.mark.parametrize("sizes", [{"patch_size": 32, "keep": "grid"}, {"image_size": 128}])
+@pytest.mark.parametrize(("name", "options"), OPTIMIZERS, ids=str)
+def test_every_optimizer_goes_on_after_what_the_guide_does(name: str, options: dict[str, Any], sizes: Any) -> None:
+    model = vit()
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3, **options)
+    for size in (64, 64, 0, 128, 128):
+        if not size:
+            kept = {p: {k: torch.as_tensor(v).clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+            resized = adapt_with(optimizer, model, **sizes)
+            assert resized
+            for parameter in kept.keys() - resized:
+                assert all(
+                    torch.equal(torch.as_tensor(optimizer.state[parameter][k]), v) for k, v in kept[parameter].items()
+                )
+            assert not resized & optimizer.state.keys()
+            continue
+        optimizer.zero_grad()
+        model(torch.rand(1, 3, size, size)).square().mean().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}])
 def test_an_optimizer_whose_state_was_cleared_steps_as_a_fresh_one(kind: dict[str, bool]) -> None:
     """For the resized parameters, as the guide clears it; the averages of the others go on."""
@@ -268,10 +309,7 @@ def test_an_optimizer_whose_state_was_cleared_steps_as_a_fresh_one(kind: dict[st
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, **kind)
     step(optimizer, 64)
-    anypatch.adapt(model, image_size=96)
-    for parameter, state in optimizer.state.items():
-        if any(torch.is_tensor(v) and v.ndim and v.shape != parameter.shape for v in state.values()):
-            state.clear()
+    adapt_with(optimizer, model, image_size=96)
     before = model.pos_embed.detach().clone()
     step(optimizer, 96)
     grad = model.pos_embed.grad
