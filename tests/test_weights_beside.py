@@ -90,6 +90,19 @@ def test_weights_in_another_file_are_for_load_and_save(tmp_path: Path) -> None:
     assert anypatch.geometry(anypatch.load(tmp_path / "out")).patch_size == (4, 4)
 
 
+def test_a_table_that_looks_like_weights_comes_along(tmp_path: Path) -> None:
+    """Qwen2.5-Omni does not load without its table of voices, whatever changes in the model."""
+    folder = tmp_path / "vit"
+    transformers_model().save_pretrained(folder)
+    torch.save({"voice": torch.ones(2)}, folder / "spk_dict.pt")
+    table = (folder / "spk_dict.pt").read_bytes()
+    anypatch.convert(folder, tmp_path / "converted", patch_size=4)
+    anypatch.save(anypatch.load(folder, patch_size=4), tmp_path / "saved")
+    anypatch.convert(folder, folder, patch_size=4)
+    for place in ("converted", "saved", "vit"):
+        assert (tmp_path / place / "spk_dict.pt").read_bytes() == table
+
+
 def test_pickled_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     """The library's own words stand where the file is none whose header can be looked at."""
     model = transformers_model()

@@ -29,7 +29,7 @@ from anypatch.files.snapshot import Snapshot, copy_link, leads_outside
 from anypatch.files.tensors import require_finite, tensor_bytes
 from anypatch.hosts import cards, loading
 from anypatch.hosts.checkpoints import architecture, fit
-from anypatch.hosts.folders import without_formats
+from anypatch.hosts.folders import TABLES, without_formats
 from anypatch.hosts.opened import changed_tensors
 from anypatch.report.progress import shown_progress
 
@@ -292,7 +292,8 @@ def _other_files(source: Path, written: set[str]) -> Iterator[Path]:
 
 
 def _stale(name: str) -> bool:
-    return bool(STALE.search(name)) or name.endswith((".safetensors", ".safetensors.index.json"))
+    weights = STALE.search(name) or name.endswith((".safetensors", ".safetensors.index.json"))
+    return bool(weights) and name not in TABLES
 
 
 # -- progress ----------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ WEIGHTS = (
     "pytorch_model-*-of-*.bin",
     "pytorch_model.bin.index.json",
 )
+# What looks like weights and is none, without which the library does not load a model: voices of Qwen2.5-Omni.
+TABLES = ("spk_dict.pt",)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ FORMATS = {
             "*.spm",
             "*.model",
             "*.tiktoken",
+            *TABLES,
         ),
     ),
     "diffusers": Format(

@@ -14,11 +14,12 @@ from anypatch.errors import CheckpointError
 from anypatch.files.configs import read_json, require_file_name
 from anypatch.files.opening import open_regular
 from anypatch.files.reading import require_modest
+from anypatch.hosts.folders import TABLES
 
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 # Weights as some library looks for them; what else a training run leaves beside them (its optimizer, its arguments) no
 # library opens.
-PICKLED = ("*model*.bin", "*model*.pth", "*model*.pt")
+PICKLED = ("*model*.bin", "*model*.pth", "*model*.pt", *TABLES)
 # timm and open_clip take any other where none of these is there.
 PREFERRED = ("model.safetensors", "pytorch_model.*", "model.pth", "open_clip_model.*", "open_clip_pytorch_model.*")
 ANY = ("*.bin", "*.pth", "*.pth.tar", "*.pt")
