@@ -25,7 +25,7 @@ from anypatch.core.tables import PositionsLike
 from anypatch.core.views import standing
 from anypatch.errors import AnypatchError, CheckpointError, UnsupportedModelError
 from anypatch.files import atomic
-from anypatch.files.paths import at_home, given
+from anypatch.files.paths import at_home, given, require_possible
 from anypatch.files.snapshot import copy_within, require_inside
 from anypatch.hosts import cards, loading
 from anypatch.hosts.folders import replaced_names, without_formats
@@ -107,6 +107,7 @@ def load(
         GeometryError: sizes that do not fit.
     """
     source = at_home(str(source))
+    require_possible(source, "source")
     with LOADING, undisturbed(), with_own_dtype():
         model = _load(source, host_kwargs)
     history.note_origin(unwrap(model), source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import timm
 import torch
 
 import anypatch
-from anypatch import CheckpointError, SweepResult, cli
+from anypatch import CheckpointError, DataError, SweepResult, cli
 from anypatch.measure.view import save_view, view
 from builders import write
 
@@ -112,7 +113,7 @@ def test_the_current_directory_stays_the_one_it_is(
     assert anypatch.geometry(anypatch.load(".." if below else ".")).patch_size == (8, 8)
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", "n" * 300, "n/" * 3000, 3])
+@pytest.mark.parametrize("path", ["", "a\0b", "\ud800", "n" * 300, "n/" * 3000, 3])
 def test_what_is_no_path(home: Path, path: Any) -> None:
     with pytest.raises(CheckpointError, match=r"the directory .*(must be a path|longer than any path)"):
         anypatch.save(_tiny(), path)
@@ -121,6 +122,37 @@ def test_what_is_no_path(home: Path, path: Any) -> None:
     if isinstance(path, str):
         with pytest.raises(CheckpointError, match=r"the source .*(must be a path|longer than any path)"):
             anypatch.load(path)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "\ud800", "n" * 300, "loop/x"])
+def test_what_is_no_path_behind_a_prefix_or_elsewhere(home: Path, path: str) -> None:
+    Path("loop").symlink_to("loop")
+    says = r"must be a path|longer than any path|leads back to itself"
+    prefixes = ("timm:", "timm:local-dir:", "transformers:", "open_clip:", "torchvision:", "diffusers:", "hub:")
+    for prefix in prefixes if path else ():
+        with pytest.raises(CheckpointError, match=says):
+            anypatch.load(prefix + path)
+    for name in ("images", "data", "output", "cache"):
+        with pytest.raises(CheckpointError, match=says):
+            anypatch.sweep(_tiny(), [8], **{"output": "out", name: path})
+    with pytest.raises(CheckpointError, match=says):
+        anypatch.tune(_tiny(), images=path, patch_size=8)
+    assert [entry.name for entry in Path().iterdir()] in (["loop"], ["loop", "out"])  # costs may be measured first
+
+
+def test_a_pipe_is_no_image(home: Path) -> None:
+    os.mkfifo("image.png")
+    with pytest.raises(DataError, match=r"image\.png is no file"):
+        view(_tiny(), "image.png", [8])
+
+
+def test_names_of_many_classes_are_no_path() -> None:
+    from anypatch.measure.class_names import read_class_names
+
+    classes = [f"n{i:08}" for i in range(1000)]
+    assert read_class_names(", ".join(f"a thing, number {i}".replace(",", "") for i in range(1000)), classes)[-1] == (
+        "a thing number 999"
+    )
 
 
 def test_links_in_a_circle(home: Path) -> None:

@@ -33,18 +33,18 @@ def register(app: typer.Typer) -> None:
 def sweep(
     source: o.Source,
     patch_size: o.PatchSizes,
-    output: Annotated[Path, typer.Option(callback=o.home, help="Folder for sweep.json, sweep.csv and report.html.")],
+    output: Annotated[Path, typer.Option(parser=o.path, help="Folder for sweep.json, sweep.csv and report.html.")],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     figure: Annotated[
         Optional[Path],
-        typer.Option(callback=o.home, help="Also write the trade-off as a picture: sweep.svg, .png or .pdf."),
+        typer.Option(parser=o.path, help="Also write the trade-off as a picture: sweep.svg, .png or .pdf."),
     ] = None,
     data: Annotated[
         Optional[str],
         typer.Option(help="Labelled images: a folder train/CLASS and val/CLASS, or CLASS; or a Hugging Face dataset."),
     ] = None,
-    images: Annotated[Optional[Path], typer.Option(callback=o.home, help="A folder of images without labels.")] = None,
+    images: Annotated[Optional[Path], typer.Option(parser=o.path, help="A folder of images without labels.")] = None,
     class_names: Annotated[
         Optional[str],
         typer.Option(help="For CLIP: a file with one name a line, or names with commas, in the order of the classes."),
@@ -54,7 +54,8 @@ def sweep(
     workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,
     device: o.Device = None,
     cache: Annotated[
-        Optional[Path], typer.Option(callback=o.home, help="Folder for features; the user's cache by default.")
+        Optional[Path],
+        typer.Option(parser=o.path, help="Folder for features; the user's cache by default."),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
     kernel: o.KernelOption = o.Kernel.wiener,
@@ -128,10 +129,10 @@ def _show(result: Any, output: Path, json: bool) -> None:
 
 def view(
     source: o.Source,
-    image: Annotated[Path, typer.Argument(callback=o.home, help="An image file.")],
+    image: Annotated[Path, typer.Argument(parser=o.path, help="An image file.")],
     *,
     patch_size: o.PatchSizes,
-    output: Annotated[Path, typer.Option(callback=o.home, help="The picture to write, such as out.png.")],
+    output: Annotated[Path, typer.Option(parser=o.path, help="The picture to write, such as out.png.")],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     kernel: o.KernelOption = o.Kernel.wiener,
@@ -171,7 +172,7 @@ def view(
 
 
 def demo(
-    output: Annotated[Path, typer.Option(callback=o.home, help="The report to write.")] = Path("anypatch-demo.html"),
+    output: Annotated[Path, typer.Option(parser=o.path, help="The report to write.")] = Path("anypatch-demo.html"),
     quiet: o.Quiet = False,
 ) -> None:
     """Adapt the embedded model to several patch sizes, offline, and show what each costs and keeps."""

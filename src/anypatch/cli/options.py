@@ -10,16 +10,20 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from anypatch.errors import AnypatchError
-from anypatch.files.paths import place
+from anypatch.errors import AnypatchError, CheckpointError
+from anypatch.files.paths import given
 
 # typer reads annotations at run time, where Python 3.10 needs Optional.
 # ruff: noqa: UP045
 
 
-def home(path: Path | None) -> Path | None:
-    """What was typed, ``~`` being the home directory: shells leave it in ``--output=~/vit``."""
-    return None if path is None else place(path)
+def path(typed: str) -> Path:
+    """What was typed, ``~`` being the home directory: shells leave it in ``--output=~/vit``. Nothing at all, as of a
+    variable that is not set, is no path, and not the current directory."""
+    try:
+        return given(typed, "value")
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 class Keep(str, Enum):
@@ -91,7 +95,8 @@ Device = Annotated[Optional[str], typer.Option(help="Where to compute: cpu, cuda
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: results and errors only.")]
 Folder = Annotated[
-    Path, typer.Option("--output", callback=home, help="Directory to write, in the host library's own format.")
+    Path,
+    typer.Option("--output", parser=path, help="Directory to write, in the host library's own format."),
 ]
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}

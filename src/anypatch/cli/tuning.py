@@ -33,9 +33,10 @@ def tune(
     source: o.Source,
     patch_size: o.PatchSizes,
     images: Annotated[
-        Path, typer.Option(callback=o.home, help="A folder of images; a few hundred will do, labels are not needed.")
+        Path,
+        typer.Option(parser=o.path, help="A folder of images; a few hundred will do, labels are not needed."),
     ],
-    output: Annotated[Path, typer.Option(callback=o.home, help="Folder for the model, its card and the report.")],
+    output: Annotated[Path, typer.Option(parser=o.path, help="Folder for the model, its card and the report.")],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     minutes: Annotated[

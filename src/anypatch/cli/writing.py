@@ -64,9 +64,9 @@ def adapt(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(callback=o.home, help="A checkpoint file, or a directory of transformers, timm or open_clip."),
+        typer.Argument(parser=o.path, help="A checkpoint file, or a directory of transformers, timm or open_clip."),
     ],
-    target: Annotated[Path, typer.Argument(callback=o.home, help="The .safetensors file or the directory to write.")],
+    target: Annotated[Path, typer.Argument(parser=o.path, help="The .safetensors file or the directory to write.")],
     patch_size: o.PatchSize = None,
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,

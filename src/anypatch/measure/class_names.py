@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from anypatch.errors import DataError, listed
-from anypatch.files.paths import place
+from anypatch.files.paths import at_home, place
 
 
 def read_class_names(names: str | Path | Sequence[str] | dict[str, str], classes: Sequence[str]) -> list[str]:
@@ -24,7 +25,7 @@ def read_class_names(names: str | Path | Sequence[str] | dict[str, str], classes
     """
     value: Any = names
     origin = "class names"
-    if isinstance(names, Path) or (isinstance(names, str) and place(names).is_file()):
+    if isinstance(names, Path) or (isinstance(names, str) and os.path.isfile(at_home(names))):
         origin = str(names)
         try:
             text = place(names).read_text(encoding="utf-8")

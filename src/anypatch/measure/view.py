@@ -135,6 +135,8 @@ def _open(path: str | Path) -> Image:
 
     if not place(path).exists():
         raise DataError(f"{path} does not exist: name an image file")
+    if not place(path).is_file():  # a pipe would wait for a writer
+        raise DataError(f"{path} is no file: name an image file")
     try:
         with Pillow.open(place(path)) as image:
             return as_rgb(image)

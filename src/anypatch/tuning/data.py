@@ -50,7 +50,7 @@ def split(images: Any, seed: int, faces: int = 1) -> Split:
     if isinstance(images, ImageSet):
         everything = images
     else:
-        root = existing(Path(images))
+        root = existing(images)
         everything = _opened(root)
     failed = unreadable(everything)
     notes = left_out(everything, failed)
