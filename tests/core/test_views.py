@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 import anypatch
 from anypatch import AnypatchError, GeometryError, UnsupportedModelError
@@ -677,3 +678,20 @@ def test_check_is_of_a_copy_that_runs_itself(kind: str) -> None:
     model.blocks[0].register_forward_hook(lambda module, *_: seen.append(id(module)))
     assert anypatch.check(model, 16).passed
     assert id(model.blocks[0]) not in seen
+
+
+@pytest.mark.parametrize("layer", ["patch_embed.proj", "blocks.0.attn.qkv"])
+@pytest.mark.parametrize(
+    "compute",
+    [lambda m: prune.l1_unstructured(m, "weight", 0.5), weight_norm, spectral_norm],
+    ids=["prune", "wn", "sn"],
+)
+def test_a_view_says_that_a_parameter_was_put_in_the_place_of_another(
+    layer: str, compute: Callable[[Any], Any]
+) -> None:
+    """Pruning and norms take the parameter away that a view reads, and keep others."""
+    model = vit()
+    view = anypatch.at(model, 16, keep="grid")
+    compute(model.get_submodule(layer))
+    with pytest.raises(UnsupportedModelError, match=r"weight.* was replaced, added or taken away since this view"):
+        view(torch.rand(1, 3, 64, 64))

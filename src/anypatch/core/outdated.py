@@ -26,8 +26,10 @@ MARK = "_anypatch_view"  # in every shell's attributes: its tensors that follow 
 _SHELLS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 # What each of them looks at already: what was there at the first adaptation counts.
 _LOOKING: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-# The modules of the model behind a face. Beside it, not in it: what lies in a module is copied, pickled and hashed.
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, list[tuple[str, Any]]]]] = weakref.WeakKeyDictionary()
+# A module of the model behind a face, its children, the names of its parameters.
+Owner = tuple[Any, list[tuple[str, Any]], set[str]]
+# Beside the face, not in it: what lies in a module is copied, pickled and hashed.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, list[Owner]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -71,9 +73,14 @@ def _require_present(name: str, before: Any, shell: nn.Module, inputs: Any) -> N
 
 
 def watch(face: nn.Module, model: nn.Module) -> None:
-    """Remember which modules a model consists of; for the face alone, as no model stands behind a copy of it."""
+    """Remember of which modules and parameters a model consists; for the face alone, as no model stands behind a copy
+    of it."""
     owners = [
-        (weakref.ref(owner), [(name, _reference(child)) for name, child in owner._modules.items()])
+        (
+            weakref.ref(owner),
+            [(name, _reference(child)) for name, child in owner._modules.items()],
+            set(owner._parameters.keys()),
+        )
         for owner in model.modules()
     ]
     with _LOCK:
@@ -81,7 +88,8 @@ def watch(face: nn.Module, model: nn.Module) -> None:
 
 
 def require_same(face: nn.Module, *_: Any) -> None:
-    """Raises UnsupportedModelError: a module was replaced, added or taken away since; the message names it."""
+    """Raises UnsupportedModelError: a module was replaced, added or taken away since, or a parameter was put in the
+    place of another by another name (pruning and norms do); the message names it."""
     exchanged = changed(face)
     if exchanged:
         raise UnsupportedModelError(
@@ -96,7 +104,7 @@ def changed(face: nn.Module) -> str:
     """
     if torch.compiler.is_compiling():
         return ""
-    for reference, children in _OWNERS.get(face, ()):
+    for reference, children, parameters in _OWNERS.get(face, ()):
         owner = reference()
         if owner is None:
             continue
@@ -105,6 +113,9 @@ def changed(face: nn.Module) -> str:
             before = {name: child() for name, child in children}
             names = [n for n in {**before, **dict(now.items())} if n not in now or now[n] is not before.get(n)]
             return f"{', '.join(names)} in the {type(owner).__name__}"
+        held = owner._parameters.keys()
+        if held != parameters and set(held) != parameters:  # TorchScript's keys are a list
+            return f"{', '.join(sorted(set(held) ^ parameters))} in the {type(owner).__name__}"
     return ""
 
 
