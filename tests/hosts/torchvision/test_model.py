@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import anypatch
+from builders import vit as timm_vit
 
 pytest.importorskip("torchvision")
 from torchvision.models import resnet18, swin_transformer
@@ -181,3 +185,25 @@ def test_load_by_name_takes_the_hosts_arguments():
     assert model.head.out_features == 3
     with pytest.raises(anypatch.CheckpointError, match="no weights"):
         anypatch.load("torchvision:swin_t/NO_SUCH")
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = timm_vit()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens = self.vit.forward_features(x)[:, 1:]
+        return {"out": tokens.mT.unflatten(2, (math.isqrt(tokens.shape[1]), -1))}
+
+
+@pytest.mark.parametrize("sizes", [{"patch_size": 16, "keep": "grid"}, {"image_size": 64}])
+def test_a_segmenter_around_somebodys_backbone_is_adapted_with_it(sizes: dict[str, Any]) -> None:
+    from torchvision.models.segmentation.fcn import FCN, FCNHead
+
+    model, alone = FCN(Backbone(), FCNHead(24, 3)).eval(), Backbone().eval()
+    head, x = copy.deepcopy(model.classifier), torch.rand(1, 3, 64, 64)
+    anypatch.adapt(alone.vit, **sizes)
+    with torch.no_grad():
+        expected = F.interpolate(head(alone(x)["out"]), (64, 64), mode="bilinear")
+        torch.testing.assert_close(anypatch.adapt(model, **sizes)(x)["out"], expected)

@@ -22,7 +22,12 @@ NAME = "torchvision"
 
 
 def recognises(model: nn.Module) -> bool:
-    return row(model) is not None or type(model).__module__.split(".")[:2] == ["torchvision", "models"]
+    """Whether a model is torchvision's, and not a detector or segmenter of its around somebody's backbone."""
+    if row(model) is not None:
+        return True
+    inside = [module for module in model.modules() if module is not model]
+    around = any(row(m) is not None or type(m).__module__.split(".")[0] not in ("torch", NAME) for m in inside)
+    return type(model).__module__.split(".")[:2] == [NAME, "models"] and not around
 
 
 def known(model: nn.Module) -> Row:
