@@ -116,6 +116,8 @@ def test_a_page_of_one_library_leaves_what_is_said_of_the_others(monkeypatch: py
     empty, old, new = both(Run(), FOUND, whole), both(FOUND, Run(), whole), both(FOUND, FOUND, whole)
     assert page.kept(new, new, ["timm"]) == page.kept(new, empty, ["open_clip"]) == new
     assert page.kept(old, empty, ["open_clip"]) == new
+    alone = document({(second, "none"): whole, (second, "grid"): FOUND})[0]
+    assert page.kept(old, alone, ["open_clip"]) == new
     assert page.PART in new
     done = document({(first, "none"): whole, (first, "grid"): whole})[0]
     assert page.PART not in done

@@ -70,8 +70,8 @@ ROWS: tuple[Row, ...] = (
         "",
         r"test_can_init_all_missing_weights",
         r"not properly handled in `_init_weights\(\)`.*(`weight` in module `(Conv|Linear)|[Ee]mbeddings|table)",
-        "the test draws a model's weights twice from one seed and asks for the same numbers to the last bit; once the "
-        "model is adapted between: those of its patches and positions are no longer what was drawn, and what one "
+        "the test draws a model's weights twice from one seed and asks for the same numbers to the last bit; where a "
+        "model is adapted in between, those of its patches and positions are no longer what was drawn, and what one "
         "module draws after a table of another size is another number",
     ),
 )

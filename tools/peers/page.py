@@ -103,7 +103,7 @@ def document(runs: dict[tuple[Peer, str], Run], controls: dict[tuple[Peer, str],
         "|---|---|---:|---:|---:|---:|---:|",
         *rows,
         "",
-        f"Versions: {', '.join(peer.version for peer in _peers(runs))}.",
+        _versions(_peers(runs)),
         *(() if all(found.finished for found in runs.values()) else ("", PART)),
         *_section(TITLES[0], reasons),
         *_section(TITLES[1], faults or ["Nothing."]),
@@ -135,11 +135,9 @@ def kept(old: str, new: str, names: Sequence[str]) -> str:
             text += _section(title, lines or [line for line in frame if line])
             continue
         cut = any("not run yet" in line or "cut short" in line for _, listed in made for line in listed)
-        frame = [line for line in frame if line != PART]
+        frame = [line for line in frame if line != PART and not line.startswith("Versions:")]
         at = next(i for i, line in enumerate(frame) if line.startswith("|---")) + 1
-        text += [*frame[:at], *lines, *frame[at:]]
-        while text[-1] == "":
-            text.pop()
+        text += [*frame[:at], *lines, "", _versions([peer for peer in PEERS if peer.name in (*names, *others)])]
         text += ["", PART] if cut else []
     return "\n".join(text) + "\n"
 
@@ -174,6 +172,10 @@ INTRODUCTION = (
     "enlarged, a model can come to be one.",
     "",
 )
+
+
+def _versions(peers: Sequence[Peer]) -> str:
+    return f"Versions: {', '.join(peer.version for peer in peers)}."
 
 
 def _tests(count: int) -> str:
