@@ -90,6 +90,18 @@ def test_weights_in_another_file_are_for_load_and_save(tmp_path: Path) -> None:
     assert anypatch.geometry(anypatch.load(tmp_path / "out")).patch_size == (4, 4)
 
 
+def test_no_room_for_temporary_files_is_one_of_our_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    import timm
+
+    anypatch.save(timm.create_model("test_vit", img_size=32, patch_size=8), tmp_path / "vit")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match=r"cannot convert .*vit: No such file.*out is what it was"):
+        anypatch.convert(tmp_path / "vit", tmp_path / "out", patch_size=4)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_that_looks_like_weights_comes_along(tmp_path: Path) -> None:
     """Qwen2.5-Omni does not load without its table of voices, whatever changes in the model."""
     folder = tmp_path / "vit"

@@ -94,13 +94,22 @@ def convert(
         "kernel": kernel,
         "positions": positions,
     }
-    with undisturbed(), loading.describing(str(source)):
+    with undisturbed(), _speaking_of(source, target), loading.describing(str(source)):
         if not source.is_dir():
             _convert_file(source, target, arch, ask, prefix)
             return
         if arch is not None or prefix is not None:
             raise CheckpointError(f"{source} says itself what it is: leave out arch and prefix")
         _convert_directory(source, target, ask, link)
+
+
+@contextlib.contextmanager
+def _speaking_of(source: Path, target: Path) -> Iterator[None]:
+    """Whatever the system refuses meanwhile, such as room for temporary files, is one of our errors."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot convert {source}: {error.strerror or error}; {target} is what it was") from error
 
 
 # -- one file ----------------------------------------------------------------------------------------------
