@@ -136,8 +136,10 @@ def _load(source: str, host_kwargs: dict[str, Any]) -> nn.Module:
     if path.exists() or source.endswith(CHECKPOINT_SUFFIXES):
         from anypatch.hosts.checkpoints import load_file
 
-        if host_kwargs.get("pretrained", True) is not True:
-            raise CheckpointError(f"{path} is a file of weights: leave out pretrained")
+        if host_kwargs.get("pretrained", True) is not True and path.exists():
+            raise CheckpointError(
+                f"{path} is a file of weights: leave out pretrained (on the command line give --weights)"
+            )
         with loading.speaking_for(str(host_kwargs.get("arch", "the host library")).partition(":")[0], str(path)):
             return load_file(path, **{k: v for k, v in host_kwargs.items() if k != "pretrained"})
     raise _no_source(source)

@@ -789,6 +789,19 @@ def test_every_step_asks_all_patch_sizes_each_for_its_share(photos: Path, monkey
     assert all(set(sizes) == set(weights) for sizes, *_ in losses)
 
 
+def test_a_tuned_model_is_not_replaced_unless_asked(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"images": photos, "patch_size": 8, "steps": 1, "learning_rate": 1e-4, **OPTIONS}
+    anypatch.tune(vit(), output=tmp_path / "out", **options)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for resume in (False, True):  # a script that resumes may be started once more after its end
+        with pytest.raises(CheckpointError, match="holds a tuned model already: name another place, or pass overwrite"):
+            anypatch.tune(vit(), output=tmp_path / "out", resume=resume, **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == written
+    again = anypatch.tune(vit(), output=tmp_path / "out", overwrite=True, **{**options, "steps": 2})
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["settings"]["steps"] == 2
+    assert str(again) == again.says
+
+
 def test_result_and_report(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     result = anypatch.tune(vit(), images=photos, patch_size=8, steps=4, learning_rate=1e-3, output=tmp_path, **OPTIONS)

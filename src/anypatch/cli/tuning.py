@@ -52,6 +52,7 @@ def tune(
         Optional[Precision], typer.Option(help="Of the forward passes; accelerate's without it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the interrupted run in --output.")] = False,
+    overwrite: o.Overwrite = False,
     device: o.Device = None,
     kernel: o.KernelOption = o.Kernel.wiener,
     positions: o.PositionsOption = o.Positions.antialias,
@@ -91,11 +92,12 @@ def tune(
                 progress=progress,
                 precision=None if precision is None else precision.value,
                 resume=resume,
+                overwrite=overwrite,
                 **o.loader_options(option, arch, prefix),
             )
-    except AnypatchError:
+    except AnypatchError as error:
         if leads():
-            raise
+            raise type(error)(str(error).replace("pass overwrite", "give --overwrite")) from error
         raise typer.Exit(2) from None  # all processes raise the same error; one says it
     if not leads():
         return

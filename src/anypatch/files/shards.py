@@ -252,7 +252,7 @@ def read_shards(source: Path, named: str | None = None) -> Shards:
     if found is None:
         raise CheckpointError(
             f"{source} holds {f'no {named}' if named else f'neither {SINGLE} nor {INDEX}'}: weights in another format "
-            f"are read by anypatch.load, and written by anypatch.save"
+            f"are read by anypatch.load and written by anypatch.save, on the command line both by anypatch adapt"
         )
     if not found.endswith(".json"):
         return Shards({found: read_header(source / found)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from anypatch.files.atomic import replacing_file
 from anypatch.tuning.weights import Weights, kept, put_back, trained
 
 FILE = "tuning.safetensors"
+RESULT = "tune.json"  # of a run that came to its end
+PROBE = ".anypatch-tune"  # written and removed at once, to see that a folder can be written
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW remembers of a parameter
 Curve = list[tuple[int, dict[str, float]]]  # step, held-out fidelity by patch size
 
@@ -139,3 +142,27 @@ def _fits(name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor], ave
     held = [tensors[f"weights/{name}"], average[name]]
     held += [tensors[f"{m}/{name}"] for m in MOMENTS if m != "step" and f"{m}/{name}" in tensors]
     return all(tensor.shape == parameter.shape for tensor in held)
+
+
+def require_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Found out before the work; nothing is left where nothing was.
+
+    Raises:
+        CheckpointError: it is a file, cannot be written, or holds a tuned model that was not to be replaced.
+    """
+    if (output / RESULT).exists() and not overwrite and not (resume and (output / FILE).exists()):
+        raise CheckpointError(
+            f"{output} holds a tuned model already: name another place, or pass overwrite to replace it"
+        )
+    made = [above for above in (output, *output.parents) if not above.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with replacing_file(output / PROBE) as file:
+            file.write(b"")
+        (output / PROBE).unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {output}: {error.strerror or error}") from error
+    finally:
+        for above in made:
+            with contextlib.suppress(OSError):
+                above.rmdir()

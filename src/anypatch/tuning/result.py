@@ -17,7 +17,7 @@ from anypatch.files.paths import place
 from anypatch.report.measurements import Sample
 from anypatch.report.svg import Point, curve
 from anypatch.report.templating import picture_data, render
-from anypatch.tuning.checkpoint import Curve
+from anypatch.tuning.checkpoint import RESULT, Curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +69,9 @@ class TuneResult:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        return self.says
 
     @property
     def titles(self) -> dict[str, str]:
@@ -142,7 +145,7 @@ class TuneResult:
         """Write ``tune.json``, ``tune.csv`` and ``report.html`` into a folder."""
         target = place(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for name, text in (("tune.json", json.dumps(self.to_dict(), indent=2) + "\n"), ("tune.csv", self.to_csv())):
+        for name, text in ((RESULT, json.dumps(self.to_dict(), indent=2) + "\n"), ("tune.csv", self.to_csv())):
             with replacing_file(target / name) as file:
                 file.write(text.encode())
         self.to_html(target / "report.html")

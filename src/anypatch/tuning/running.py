@@ -20,7 +20,7 @@ from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, Size, SizeLike
 from anypatch.core.shells import copied
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
-from anypatch.errors import CheckpointError, DataError, GeometryError, UnsupportedModelError
+from anypatch.errors import DataError, GeometryError, UnsupportedModelError
 from anypatch.files.atomic import replacing_file
 from anypatch.files.paths import given
 from anypatch.hosts.images import Preprocess
@@ -33,7 +33,7 @@ from anypatch.report.progress import Progress, shown_progress
 from anypatch.tuning.adapters import merged, with_lora
 from anypatch.tuning.asked import MINUTES, Asked
 from anypatch.tuning.batches import Batches
-from anypatch.tuning.checkpoint import Checkpoint, State
+from anypatch.tuning.checkpoint import Checkpoint, State, require_output
 from anypatch.tuning.data import Feed, Split, held_out_pixels, left_out, split
 from anypatch.tuning.distance import Fidelity, face
 from anypatch.tuning.labels import accuracy, missing
@@ -43,7 +43,6 @@ from anypatch.tuning.training import Pair, Trainer, digest
 from anypatch.tuning.weights import kept
 
 SHOWN = 4  # held-out images in the report, as many as a sweep's
-PROBE = ".anypatch-tune"  # written and removed at once, to see that a folder can be written
 
 
 def tune(
@@ -67,6 +66,7 @@ def tune(
     progress: Progress | bool | None = None,
     precision: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     preprocess: Preprocess | None = None,
     **host_kwargs: Any,
 ) -> TuneResult:
@@ -108,6 +108,7 @@ def tune(
         progress: called with (what, done, total); ``False`` for silence.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"`` of the forward passes; accelerate's if not given.
         resume: go on from the state in ``output``, to the numbers of a run that was not interrupted.
+        overwrite: replace the tuned model in ``output``.
         preprocess: instead of the model's own preprocessing.
         **host_kwargs: passed on to the host library's loader.
 
@@ -118,7 +119,7 @@ def tune(
         GeometryError: a patch size that does not fit, or that leaves fewer than four tokens.
         DataError: fewer than 16 images that can be read, or no time for one step.
         UnsupportedModelError: a model that cannot be adapted, or whose features cannot be read.
-        CheckpointError: nothing to resume, or another run's; or ``output`` cannot be written.
+        CheckpointError: another run's state; or ``output`` cannot be written, or holds a tuned model already.
     """
     folder = None if output is None else given(output, "output")
     asked = Asked(patch_size, image_size, keep, kernel, positions, minutes, steps, learning_rate, lora, batch_size,
@@ -127,7 +128,7 @@ def tune(
     began = time.monotonic()
     team = Team(device)
     if folder is not None:
-        team.lead(lambda: _require_writable(folder))
+        team.lead(lambda: require_output(folder, resume, overwrite))
     source = model if isinstance(model, nn.Module) else str(model)
     user = source if isinstance(source, nn.Module) else load_model(source, host_kwargs.pop("arch", None), host_kwargs)
     subject = describe(user)
@@ -353,26 +354,6 @@ def _write(result: TuneResult, output: Path) -> None:
         file.write(result.card().encode())
     result.save(output)
     Checkpoint(output, {}).remove()
-
-
-def _require_writable(output: Path) -> None:
-    """Found out before the work; nothing is left where nothing was.
-
-    Raises:
-        CheckpointError: it is a file, or cannot be written.
-    """
-    made = [above for above in (output, *output.parents) if not above.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with replacing_file(output / PROBE) as file:
-            file.write(b"")
-        (output / PROBE).unlink()
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {output}: {error.strerror or error}") from error
-    finally:
-        for above in made:
-            with contextlib.suppress(OSError):
-                above.rmdir()
 
 
 def _teacher_size(model: nn.Module, native: Geometry, image_size: ImageSizeLike | None) -> Any:
