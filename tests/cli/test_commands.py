@@ -288,6 +288,8 @@ def test_json(anypatch: Anypatch, tmp_path: Path) -> None:
     assert found["library"] == "timm"
     assert "changes" not in found
     found = json.loads(anypatch("inspect", *VIT, "--json", "--patch-size", "32").stdout)
+    assert found["adapted"]["patch_size"] == [32, 32]
+    assert found["adapted"]["grid"] == [5, 5]
     changes = {c["name"]: c for c in found["changes"]}
     assert changes["patch_embed.proj.weight"]["role"] == "patch projection"
     found = json.loads(anypatch("check", *VIT, "--json", "--patch-size", "32").stdout)
@@ -345,7 +347,8 @@ def test_a_pipe_gets_whole_words(anypatch: Anypatch, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "20")
     lines = anypatch("inspect", *VIT, "--patch-size", "32").stdout.splitlines()
     assert "patch_embed.proj.weight\tpatch projection\t(64, 3, 16, 16)\t(64, 3, 32, 32)" in lines
-    assert "patch size\t16x16" in lines
+    assert "patch size\t16x16 -> 32x32" in lines
+    assert "grid\t10x10 -> 5x5" in lines
     assert "\x1b" not in "".join(lines)
 
 

@@ -9,7 +9,7 @@ import typer
 from anypatch.cli import options as o
 from anypatch.cli import output
 from anypatch.cli.stderr import working
-from anypatch.core.geometry import parse_image_size, parse_size, show
+from anypatch.core.geometry import Size, parse_image_size, parse_size, show, target_geometry
 from anypatch.files.paths import place
 
 
@@ -56,19 +56,21 @@ def inspect(
         asked = patch is not None or image is not None
         changes = changes_for(model, patch, image, keep=keep.value) if asked else []
     geometry = facts.geometry
+    target = target_geometry(geometry, patch, image, keep.value) if asked else geometry
     if json:
         found: dict[str, Any] = {"source": source, "class": facts.class_name, **output.geometry_json(geometry)}
         found |= {"embedding": facts.embedding, "positions": facts.positions}
         if asked:
+            found["adapted"] = output.geometry_json(target)
             found["changes"] = [{"name": c.name, "role": c.role, "old": c.old, "new": c.new} for c in changes]
         output.as_json(found)
         return
     pairs = [
         ("library", geometry.library),
         ("class", facts.class_name),
-        ("patch size", show(geometry.patch_size)),
-        ("image size", show(geometry.image_size)),
-        ("grid", show(geometry.grid)),
+        ("patch size", _step(geometry.patch_size, target.patch_size)),
+        ("image size", _step(geometry.image_size, target.image_size)),
+        ("grid", _step(geometry.grid, target.grid)),
         ("prefix tokens", str(geometry.prefix_tokens)),
         ("embedding", facts.embedding),
         ("positions", facts.positions),
@@ -77,6 +79,10 @@ def inspect(
     if asked:
         rows = [(c.name, c.role, str(c.old), str(c.new)) for c in changes]
         output.table(("name", "role", "old", "new"), rows, title=f"{len(changes)} changes")
+
+
+def _step(old: Size | None, new: Size | None) -> str:
+    return show(old) if old == new else f"{show(old)} -> {show(new)}"
 
 
 def check(
