@@ -343,6 +343,34 @@ def test_bars_of_other_libraries_are_for_people(
     assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == ("1" if off else None)
 
 
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (
+            80,
+            [
+                "patch  images per second  accuracy",
+                "8                   12.0     0.901",
+                "16                  48.0     0.897",
+            ],
+        ),
+        (34, ["patch                 8     16", "images per second  12.0   48.0", "accuracy          0.901  0.897"]),
+        (20, ["patch 8", "  images per second  12.0", "  accuracy           0.901"]),
+    ],
+)
+def test_numbers_stand_side_by_side(
+    width: int, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(output, "terminal", lambda: True)
+    output.table(
+        ("patch", "images per second", "accuracy"), (("8", "12.0", "0.901"), ("16", "48.0", "0.897")), right=True
+    )
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()][: len(expected)] == [
+        " ".join(line.split()) for line in expected
+    ]
+
+
 def test_a_pipe_gets_whole_words(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     lines = anypatch("inspect", *VIT, "--patch-size", "32").stdout.splitlines()

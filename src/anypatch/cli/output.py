@@ -43,9 +43,16 @@ def values(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def table(columns: Sequence[str], rows: Rows, title: str = "", right: bool = False) -> None:
-    """A table: tab-separated lines in a pipe. On a terminal that is too narrow for it, one paragraph a row.
+    """A table: tab-separated lines in a pipe. On a terminal that is too narrow for it numbers are turned, a row each
+    where there was a column, so that they stand side by side; else there is one paragraph a row.
 
     Nothing is cut and no word is folded, whatever the width.
+
+    Args:
+        columns: heads.
+        rows: cells.
+        title: above it.
+        right: whether cells are numbers, aligned on the right.
     """
     if not terminal():
         if title:  # something was printed before it
@@ -56,20 +63,26 @@ def table(columns: Sequence[str], rows: Rows, title: str = "", right: bool = Fal
     console = Console()
     if title:
         console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    if sum(widths) + GAP * len(widths) <= console.width:
-        shown = Table(box=None, header_style="bold", padding=(0, GAP, 0, 0))
-        for name in columns:
-            shown.add_column(escape(name), justify="right" if right else "left", no_wrap=True)
-        for cells in rows:
-            shown.add_row(*map(escape, cells))
-        console.print(shown)
-        return
+    turned = list(map(list, zip(columns, *rows, strict=True)))
+    for heads, body in ((columns, rows), (turned[0], turned[1:])):
+        if (heads is columns or right) and _width(heads, body) <= console.width:
+            shown = Table(box=None, header_style="bold", padding=(0, GAP, 0, 0))
+            for place, name in enumerate(heads):
+                left = not right or (place == 0 and heads is not columns)
+                shown.add_column(escape(name), justify="left" if left else "right", no_wrap=True)
+            for cells in body:
+                shown.add_row(*map(escape, cells))
+            console.print(shown)
+            return
     width = max(len(name) for name in columns[1:]) + GAP
     for head, *cells in rows:
         console.print(f"[bold]{escape(columns[0])} {escape(head)}[/bold]", highlight=False, soft_wrap=True)
         for name, cell in zip(columns[1:], cells, strict=True):
             console.print(f"  {escape(name):{width}}{escape(cell)}", highlight=False, soft_wrap=True)
+
+
+def _width(columns: Sequence[str], rows: Rows) -> int:
+    return sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
 
 
 def as_json(value: Any) -> None:

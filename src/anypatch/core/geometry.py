@@ -128,6 +128,8 @@ def parse_size(text: str, name: str) -> int | Size:
     sides = text.strip().lower().split("x")
     if 1 <= len(sides) <= 3 and all(re.fullmatch("[0-9]{1,9}", side) for side in sides):
         size = tuple(map(int, sides))
+        if min(size) == 0:
+            raise GeometryError(f"{name} must be positive, got {text!r}")
         return size[0] if len(size) == 1 else size
     meant = "x".join(part.strip() for part in text.split(","))
     if re.fullmatch("[0-9]+(x[0-9]+){1,2}", meant):
