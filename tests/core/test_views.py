@@ -695,3 +695,12 @@ def test_a_view_says_that_a_parameter_was_put_in_the_place_of_another(
     compute(model.get_submodule(layer))
     with pytest.raises(UnsupportedModelError, match=r"weight.* was replaced, added or taken away since this view"):
         view(torch.rand(1, 3, 64, 64))
+
+
+def test_a_view_runs_with_a_parameter_that_was_added_to_its_model() -> None:
+    model = vit()
+    view, image = anypatch.at(model, 16, keep="grid"), torch.rand(1, 3, 64, 64)
+    before = view(image)
+    model.norm.scale = nn.Parameter(torch.tensor(2.0))
+    torch.testing.assert_close(view(image), before)
+    assert view.norm.scale is model.norm.scale

@@ -88,8 +88,8 @@ def watch(face: nn.Module, model: nn.Module) -> None:
 
 
 def require_same(face: nn.Module, *_: Any) -> None:
-    """Raises UnsupportedModelError: a module was replaced, added or taken away since, or a parameter was put in the
-    place of another by another name (pruning and norms do); the message names it."""
+    """Raises UnsupportedModelError: a module was replaced, added or taken away since, or a parameter was taken away
+    (pruning and norms put others in its place); the message names it."""
     exchanged = changed(face)
     if exchanged:
         raise UnsupportedModelError(
@@ -113,9 +113,9 @@ def changed(face: nn.Module) -> str:
             before = {name: child() for name, child in children}
             names = [n for n in {**before, **dict(now.items())} if n not in now or now[n] is not before.get(n)]
             return f"{', '.join(names)} in the {type(owner).__name__}"
-        held = owner._parameters.keys()
-        if held != parameters and set(held) != parameters:  # TorchScript's keys are a list
-            return f"{', '.join(sorted(set(held) ^ parameters))} in the {type(owner).__name__}"
+        gone = parameters.difference(owner._parameters.keys())  # what is added the view reads as well
+        if gone:
+            return f"{', '.join(sorted(gone))} in the {type(owner).__name__}"
     return ""
 
 

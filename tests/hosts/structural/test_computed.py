@@ -111,3 +111,25 @@ def test_a_hook_that_masks_the_gradient_of_what_changes_is_named(model: str, reg
     anypatch.adapt(live, 16, keep="grid")
     live(torch.rand(2, 3, 64, 64)).sum().backward()
     assert live.patch_embed.proj.weight.grad.shape == (24, 3, 16, 16)
+
+
+def test_a_hook_may_hold_its_parameter_and_what_it_records_of_gradients() -> None:
+    """Decay of weights, and logs of gradients, which are others after the next backward pass."""
+    live, log, seen = vit(), dict[str, Tensor](), list[Tensor]()
+
+    def recording(name: str, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+        def hook(gradient: Tensor) -> Tensor:
+            log[name] = gradient.clone()
+            seen.append(gradient)
+            return gradient + 0.5 * parameter.detach()
+
+        return hook
+
+    for name, parameter in live.named_parameters():
+        parameter.register_hook(recording(name, parameter))
+    live(torch.rand(2, 3, 32, 32)).sum().backward()
+    anypatch.adapt(live, 16)
+    live.zero_grad()
+    live(torch.rand(2, 3, 32, 32)).sum().backward()
+    for name, parameter in live.named_parameters():
+        torch.testing.assert_close(parameter.grad, log[name] + 0.5 * parameter.detach())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from anypatch.core.geometry import Size
 from anypatch.core.plan import Plan
 from anypatch.core.steps import SetParameter
 from anypatch.errors import UnsupportedModelError
-from anypatch.hosts.structural.holdings import holdings
+from anypatch.hosts.structural.holdings import tensors_of
 
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -23,13 +23,14 @@ def require_free_gradients(plan: Plan) -> None:
         UnsupportedModelError: one does, and the next backward pass would fail; the message names it.
     """
     names = {id(parameter): name for name, parameter in plan.subject.model.named_parameters()}
-    for step in plan.steps:
-        if not isinstance(step, SetParameter):
-            continue
+    steps = [step for step in plan.steps if isinstance(step, SetParameter)]
+    changing = [step.parameter for step in steps]
+    for step in steps:
         old, new = tuple(step.parameter.shape), tuple(step.data.shape)
         for hook in _hooks(step.parameter):
-            for where, _, item in holdings("", hook):
-                if isinstance(item, Tensor) and _meets(tuple(item.shape), old) and not _meets(tuple(item.shape), new):
+            for where, _, item in tensors_of(hook):
+                follows = any(item is each for each in changing)
+                if not follows and _meets(tuple(item.shape), old) and not _meets(tuple(item.shape), new):
                     raise UnsupportedModelError(
                         f"a hook on {names.get(id(step.parameter), 'a parameter')} holds {where.lstrip('.')}, of shape "
                         f"{tuple(item.shape)}, for gradients of {old}, which will be {new}: take it off before "

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from anypatch.core.recordings import written_by
+
 DEPTH = 4  # of containers within containers
 # Other mappings may load what they hold when they are asked (accelerate's weights on the disk).
 MAPPINGS = (dict, types.MappingProxyType)
 MANY = 4096  # values in one container that are looked at
+WORD = re.compile(r"\w+")
 
 
 def holdings(name: str, value: Any, full: str = "", depth: int = 0) -> Iterator[tuple[str, str, Any]]:
@@ -28,6 +32,15 @@ def holdings(name: str, value: Any, full: str = "", depth: int = 0) -> Iterator[
         return
     for step, key, item in parts(value):
         yield from holdings(key or name, item, f"{full}{step}", depth + 1)
+
+
+def tensors_of(hook: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """The tensors that a hook computes with, as ``holdings`` has them: what it records is another the next time."""
+    written = written_by(hook)
+    for where, leaf, item in holdings("", hook):
+        first = WORD.search(where)
+        if isinstance(item, Tensor) and (first is None or first[0] not in written):
+            yield where, leaf, item
 
 
 def parts(value: Any) -> Iterator[tuple[str, str, Any]]:

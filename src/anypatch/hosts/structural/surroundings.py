@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from anypatch.core.account import Context, Doubt, Extra
 from anypatch.core.diff import AttributeEdit, BufferEdit, Edit, Owners, ParameterEdit
 from anypatch.core.geometry import Size, show
-from anypatch.core.recordings import written_by
 from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.following import TELLING, counts
-from anypatch.hosts.structural.holdings import holdings
+from anypatch.hosts.structural.holdings import holdings, tensors_of
 from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
 from anypatch.hosts.structural.neighbours import OF_IMAGES, reads_text, widths_of
 from anypatch.hosts.structural.stems import PIXEL_CHANNELS
@@ -37,7 +36,6 @@ POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BLOCKS = (nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold)
-WORD = re.compile(r"\w+")
 EXAMPLE = re.compile(r"^_?example_input(s|_array)?$")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -112,11 +110,8 @@ class Surroundings:
                         continue  # computes a weight from others, which are the module's
                     full = f"a hook of {path or type(module).__name__}"
                     self.values.followed("hook", hook, full, {})
-                    written = written_by(hook)
-                    for where, leaf, item in holdings("", hook):
-                        first = WORD.search(where)
-                        if isinstance(item, Tensor) and (first is None or first[0] not in written):
-                            self._require_independent(f"{full}{where}", leaf, item)
+                    for where, leaf, item in tensors_of(hook):
+                        self._require_independent(f"{full}{where}", leaf, item)
 
     # -- layers ------------------------------------------------------------------------------------------------
 
