@@ -123,6 +123,15 @@ def test_what_training_scripts_do_write_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "two").tensors["x"].tolist() == [0]
 
 
+def test_histories_of_numbers_are_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million numbers of NumPy's are a long training; a range has another name in torch's protocol."""
+    monkeypatch.setattr("anypatch.files.pickles.MAX_CALLS", 100)
+    state = {"patch_embed.proj.weight": torch.ones(4, 3, 2, 2)}
+    history = [np.float64(i) for i in range(200)]
+    torch.save({"losses": history, "levels": range(4), "state_dict": state}, tmp_path / "x")
+    assert torch.equal(read(tmp_path / "x").tensors["patch_embed.proj.weight"], state["patch_embed.proj.weight"])
+
+
 @pytest.mark.parametrize("order", [b"little", b"big"])
 def test_one_record_under_many_names(tmp_path: Path, order: bytes) -> None:
     """Where bytes have to be copied, to another order or because they lie crooked, each name would be a copy."""
