@@ -171,3 +171,9 @@ def test_prefix_before_the_names_of_torchvision(tmp_path: Path) -> None:
     save_file({f"model.{k}": v.contiguous() for k, v in full.state_dict().items()}, tmp_path / "tv.safetensors")
     loaded = anypatch.load(tmp_path / "tv.safetensors", arch="torchvision:swin_t")
     assert all(torch.equal(v, full.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_keys_that_would_move_a_cursor_are_quoted_in_the_error(tmp_path: Path) -> None:
+    torch.save({"\x1b[2J": 1, **{f"key {i}": i for i in range(9)}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"its keys are '\\x1b\[2J', key 0, .*, key 6 and 2 more$"):
+        read(tmp_path / "x.pt")

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files.flushing import Flusher, flush_directory, flush_path, flush_tree
 
 try:
@@ -385,6 +385,5 @@ def require_free(target: Path, overwrite: bool = False, source: Path | None = No
     names = sorted(entry.name for entry in target.iterdir())
     if names:
         raise CheckpointError(
-            f"{target} is not empty ({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): name another place, or "
-            f"pass overwrite to replace the model in it"
+            f"{target} is not empty ({listed(names)}): name another place, or pass overwrite to replace the model in it"
         )

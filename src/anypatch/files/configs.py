@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from anypatch.errors import CheckpointError
+from anypatch.errors import CheckpointError, listed
 from anypatch.files.opening import first_line, open_regular
 
 MAX_TEXT = 64 << 20  # bytes; configurations with the names of 21,000 classes take one megabyte
@@ -102,7 +102,7 @@ def require_allowed(arguments: Any, allowed: Collection[str], where: str) -> dic
     surplus = [str(key)[:100] for key in arguments if key not in allowed]
     if surplus:
         raise CheckpointError(
-            f"{where} has {', '.join(surplus[:5])}, which is nothing that describes a model: a configuration may not "
+            f"{where} has {listed(surplus)}, which is nothing that describes a model: a configuration may not "
             f"say what else to open or run; remove it"
         )
     for key, value in arguments.items():

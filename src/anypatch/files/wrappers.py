@@ -143,7 +143,7 @@ def _first_table(raw: Mapping[Any, Any], path: Path) -> dict[str, Any]:
         raw = inner
     table = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, (Tensor, Odd))}
     if not table:
-        keys = ", ".join(str(k)[:40] for k in list(raw)[:8])
+        keys = listed([str(k)[:40] for k in raw])
         raise CheckpointError(f"{path} holds no tensors" + (f": its keys are {keys}" if keys else ""))
     return table
 

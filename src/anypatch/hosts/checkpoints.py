@@ -11,14 +11,13 @@ from torch import nn
 from anypatch import hosts
 from anypatch.core.ambient import undisturbed
 from anypatch.core.limits import LimitError
-from anypatch.errors import AnypatchWarning, CheckpointError, UnsupportedModelError
+from anypatch.errors import AnypatchWarning, CheckpointError, UnsupportedModelError, listed
 from anypatch.files import layouts
 from anypatch.files.paths import at_home
 from anypatch.files.reading import Checkpoint, read
 from anypatch.files.tensors import require_finite
 from anypatch.hosts.base import Host
 
-SHOWN = 8  # architectures that a message lists
 # What libraries call the file of weights beside a configuration; a file of another name may be of another model.
 BESIDE = ("model", "pytorch_model")
 
@@ -144,9 +143,8 @@ def choose(checkpoint: Checkpoint) -> str:
     """
     found = infer(checkpoint)
     if len(found) > 1:
-        shown = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
         raise CheckpointError(
-            f"the tensors of {checkpoint.path} fit several architectures that compute different things: {shown}; "
-            f'say which with arch="{found[0]}"'
+            f"the tensors of {checkpoint.path} fit several architectures that compute different things: "
+            f'{listed(found)}; say which with arch="{found[0]}"'
         )
     return found[0]

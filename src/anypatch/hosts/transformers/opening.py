@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from anypatch.core.empty import empty
 from anypatch.core.plan import Plan
-from anypatch.errors import CheckpointError, UnsupportedModelError
+from anypatch.errors import CheckpointError, UnsupportedModelError, listed
 from anypatch.files import layouts
 from anypatch.files.configs import read_config
 from anypatch.files.header import Entry
@@ -135,7 +135,7 @@ def _name_in_file(name: str, live: Tensor, entries: Mapping[str, Entry], source:
         if len(fitting) == 1:
             return fitting[0]
         if found:
-            raise CheckpointError(f"{source}: cannot tell which of {', '.join(found[:4])} is the model's {name}")
+            raise CheckpointError(f"{source}: cannot tell which of {listed(found)} is the model's {name}")
     if not isinstance(live, nn.Parameter):
         return None  # a buffer that this file does not store
     raise CheckpointError(f"{source} lacks {name}, which the model of its config.json has")
