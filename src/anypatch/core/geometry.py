@@ -146,7 +146,8 @@ def parse_sizes(text: str, name: str) -> list[int | Size]:
     try:
         return [parse_size(part, name) for part in text.split(",")]
     except GeometryError as error:
-        raise GeometryError(f"{name} takes sizes with commas, such as 8,14,16x32, each positive, got {text!r}") from error
+        wanted = "sizes with commas, such as 8,14,16x32, each positive"
+        raise GeometryError(f"{name} takes {wanted}, got {text!r}") from error
 
 
 def parse_image_size(text: str, name: str) -> int | Size | Literal["nearest"]:
