@@ -201,3 +201,14 @@ def test_what_a_library_would_unpickle_itself(tmp_path: Path, name: str, zipped:
     (folder / name).unlink()
     torch.save(model.state_dict(), folder / name, _use_new_zipfile_serialization=zipped)
     assert anypatch.geometry(anypatch.load(folder)).patch_size == (8, 8)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_an_archive_that_cannot_be_looked_into_is_not_left_to_a_library(tmp_path: Path, pretrained: bool) -> None:
+    """A record's name that is no UTF-8, though the archive says so, was a raw error; torch does not read the name."""
+    anypatch.save(timm.create_model("test_vit", img_size=32, patch_size=8), tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    named = _archive({"data.pkl": START + b"}" + _doubled(60) + b"K\x01s.", "n\u00e9": b""})
+    (tmp_path / "vit" / "pytorch_model.bin").write_bytes(named.replace("n\u00e9".encode(), b"n\xe9x"))
+    with pytest.raises(CheckpointError, match="bin is damaged: UnicodeDecodeError"):
+        anypatch.load(tmp_path / "vit", pretrained=pretrained)

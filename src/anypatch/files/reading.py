@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,14 +125,17 @@ def _read(path: Path, prefix: str | None) -> Checkpoint:
 def require_modest(path: Path) -> None:
     """A file that a library itself will unpickle asks for no memory or time without end, as a few bytes of it can.
 
-    Whether it is a good one the library says.
+    Whether it is a good one the library says, except of an archive that cannot be looked into.
 
     Raises:
-        CheckpointError: it does, or its records are packed.
+        CheckpointError: it does, its records are packed, or its archive is damaged.
     """
-    kind = None
-    with contextlib.suppress(CheckpointError, zipfile.BadZipFile):
+    try:
         kind = sniff(path)
+    except CheckpointError:
+        return  # of no format that is unpickled
+    except Exception as error:  # zipfile raises many kinds; torch may open an archive that Python does not
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
     try:
         if kind in ("torch", "torchscript"):
             read_archive(path, lenient=True)
