@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import zipfile
@@ -212,3 +213,18 @@ def test_an_archive_that_cannot_be_looked_into_is_not_left_to_a_library(tmp_path
     (tmp_path / "vit" / "pytorch_model.bin").write_bytes(named.replace("n\u00e9".encode(), b"n\xe9x"))
     with pytest.raises(CheckpointError, match="bin is damaged: UnicodeDecodeError"):
         anypatch.load(tmp_path / "vit", pretrained=pretrained)
+
+
+@pytest.mark.parametrize("key", ["num_classes", "num_labels"])
+def test_names_for_classes_that_no_weights_have(tmp_path: Path, key: str) -> None:
+    """transformers makes a name for each before any weight is looked at: 16 GB for this configuration."""
+    transformers = pytest.importorskip("transformers")
+    wrapped = transformers.TimmWrapperModel(transformers.TimmWrapperConfig(architecture="test_vit"))
+    wrapped.save_pretrained(tmp_path / "vit")
+    config = tmp_path / "vit" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: 1 << 31}))
+    before = forget_peak()
+    for pretrained in (True, False):
+        with pytest.raises(CheckpointError, match=f"{key} is 2147483648, and no model has more than"):
+            anypatch.load(tmp_path / "vit", pretrained=pretrained)
+    assert peak() - before < ROOM

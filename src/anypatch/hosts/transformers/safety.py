@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anypatch.errors import CheckpointError
-from anypatch.files.configs import PLACE, entries, read_config, require_file_name
+from anypatch.files.configs import MAX_LABELS, PLACE, entries, read_config, require_file_name
 from anypatch.files.reading import require_modest
 from anypatch.hosts.timm.safety import require_nested
 from anypatch.hosts.vetting import repository_file, require_readable
@@ -69,6 +69,8 @@ def require_safe(config: dict[str, Any], path: Path) -> None:
             require_modest(weights)
     for keys, value in entries(config, path):
         key = str(keys[-1])
+        if key == "num_classes" and type(value) is int and value > MAX_LABELS:  # of its wrapper of timm, as num_labels
+            raise CheckpointError(f"{path}: {key} is {value}, and no model has more than {MAX_LABELS}")
         if not isinstance(value, str):
             continue
         # "repository/kernel" there is compiled code that transformers fetches and runs
