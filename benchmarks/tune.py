@@ -144,7 +144,7 @@ def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[st
         learning_rate=rate, num_workers=0, device="cpu",
     )  # fmt: skip
     found |= {"cpu_seconds": time.process_time() - began, "settings": result.settings, "curve": result.curve,
-              "notes": result.notes, "folder": result.rows}  # fmt: skip
+              "notes": [note.replace(f"{ROOT}/", "") for note in result.notes], "folder": result.rows}  # fmt: skip
     faces = {p: anypatch.at(tuned, p, IMAGE) if several else tuned for p in patches}
     found["after"] = {p: measured(face, reference, pixels) for p, face in faces.items()}
     if patches == [28]:

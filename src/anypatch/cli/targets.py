@@ -42,7 +42,12 @@ def require_target(target: Path, source: str, overwrite: bool) -> None:
     try:
         require_free(target, overwrite, read if read.exists() else None)
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace("pass overwrite", "give --overwrite")) from None
+        raise with_options(error) from None
+
+
+def with_options(error: AnypatchError) -> AnypatchError:
+    """The error as it is said on the command line, where arguments are options."""
+    return type(error)(str(error).replace("pass overwrite", "give --overwrite"))
 
 
 def require_format(target: Path, library: str) -> None:

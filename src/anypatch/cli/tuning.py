@@ -11,6 +11,7 @@ import typer
 from anypatch.cli import options as o
 from anypatch.cli import output as out
 from anypatch.cli.stderr import leads, working
+from anypatch.cli.targets import with_options
 from anypatch.core.geometry import parse_image_size, parse_sizes
 from anypatch.errors import AnypatchError
 
@@ -97,7 +98,7 @@ def tune(
             )
     except AnypatchError as error:
         if leads():
-            raise type(error)(str(error).replace("pass overwrite", "give --overwrite")) from error
+            raise with_options(error) from error
         raise typer.Exit(2) from None  # all processes raise the same error; one says it
     if not leads():
         return

@@ -214,6 +214,10 @@ class Unpickler(pickle._Unpickler):
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # these four are pickle's own, which its type stubs leave out
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
 
     def __init__(self, data: Any, record: Record, refused: list[str] | None) -> None:
         super().__init__(data, encoding="utf-8")
@@ -256,8 +260,8 @@ class Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         """Attributes are kept for stand-ins and left for containers; nothing else takes any."""
-        state = self.stack.pop()  # type: ignore[attr-defined]
-        instance = self.stack[-1]  # type: ignore[attr-defined]
+        state = self.stack.pop()
+        instance = self.stack[-1]
         if isinstance(instance, Inert):
             instance.__setstate__(state)
         elif not isinstance(instance, (OrderedDict, Tensor)):
@@ -276,52 +280,52 @@ class Unpickler(pickle._Unpickler):
         return function(*arguments)
 
     def _instantiate(self, kind: Any, arguments: list[Any]) -> None:
-        self.append(self._call(kind, tuple(arguments)))  # type: ignore[attr-defined]
+        self.append(self._call(kind, tuple(arguments)))
 
     def load_reduce(self) -> None:
-        arguments = self.stack.pop()  # type: ignore[attr-defined]
-        self.stack[-1] = self._call(self.stack[-1], arguments)  # type: ignore[attr-defined]
+        arguments = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], arguments)
 
     def load_newobj(self) -> None:
-        arguments, kind = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
-        self.append(self._call(kind, arguments))  # type: ignore[attr-defined]
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        self.append(self._call(kind, arguments))
 
     def load_newobj_ex(self) -> None:
-        self.stack.pop()  # type: ignore[attr-defined]  # arguments by name: none of what is called takes any
+        self.stack.pop()  # arguments by name: none of what is called takes any
         self.load_newobj()
 
     def _put(self, items: list[Any]) -> None:
-        table = self.stack[-1]  # type: ignore[attr-defined]
+        table = self.stack[-1]
         if not isinstance(table, dict):
             raise pickle.UnpicklingError(f"items for a {type(table).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             table[_key(key)] = value
 
     def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        value, key = self.stack.pop(), self.stack.pop()
         self._put([key, value])
 
     def load_setitems(self) -> None:
-        self._put(self.pop_mark())  # type: ignore[attr-defined]
+        self._put(self.pop_mark())
 
     def load_dict(self) -> None:
-        items = self.pop_mark()  # type: ignore[attr-defined]
-        self.append({})  # type: ignore[attr-defined]
+        items = self.pop_mark()
+        self.append({})
         self._put(items)
 
     def load_additems(self) -> None:
         """Sets are not kept."""
-        for item in self.pop_mark():  # type: ignore[attr-defined]
+        for item in self.pop_mark():
             _key(item)
 
     def load_frozenset(self) -> None:
         self.load_additems()
-        self.append(Inert())  # type: ignore[attr-defined]
+        self.append(Inert())
 
     def load_bytearray8(self) -> None:
         """Python's own allocates as many bytes as the file says before it looks whether they are there."""
-        (size,) = struct.unpack("<Q", self.read(8))  # type: ignore[attr-defined]
-        self.append(bytearray(self.read(min(size, sys.maxsize))))  # type: ignore[attr-defined]
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(min(size, sys.maxsize))))
 
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.REDUCE[0]] = load_reduce
