@@ -187,9 +187,10 @@ def at(
     costs the memory of these while it runs, and follows whatever happens to the weights. Reading them takes some
     milliseconds a forward pass; where the weights stay as they are, ``adapt`` a copy instead.
 
-    ``view.state_dict()`` holds what :func:`anypatch.save` writes, the weights at the view's geometry. Loading is for
-    the model. Replacing layers of ``model`` (a new head, PEFT) after a view was taken asks for another view, and is an
-    UnsupportedModelError when the view runs. A pickled view, as a copied one, has weights of its own.
+    ``view.state_dict()`` holds what :func:`anypatch.save` writes, the weights at the view's geometry. Loading, and
+    writing into a tensor that the view computes, are for the model. Replacing layers of ``model`` (a new head, PEFT)
+    after a view was taken asks for another view, and is an UnsupportedModelError when the view runs. A pickled view, as
+    a copied one, has weights of its own.
 
     Args:
         model: as for :func:`adapt`; a model behind ``torch.compile`` is looked through.

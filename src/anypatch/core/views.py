@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from anypatch.core import outdated
 from anypatch.core.adapters import HELD
 from anypatch.core.attributes import like
+from anypatch.core.computed import guarded, note_given, require_unwritten
 from anypatch.core.outdated import MARK
 from anypatch.core.plan import Plan
 from anypatch.core.shells import SHARED, Shells
@@ -128,11 +129,13 @@ class _Bound(_Base):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, bound in vars(self)[MARK].items():
-            value = getattr(self, name)
+            value = _read(self, name)
             if value is None or not bound.persistent:
                 destination.pop(prefix + name, None)
-            else:
-                destination[prefix + name] = value if keep_vars else value.detach()
+                continue
+            destination[prefix + name] = value if keep_vars else value.detach()
+            if isinstance(bound, Follows):
+                note_given(self, name, destination[prefix + name])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         names = [prefix + name for name in vars(self)[MARK]]
@@ -169,13 +172,22 @@ def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
-        try:
-            outdated.require_same(self)
-            return self.__dict__[MARK][name].value(self, name)
-        except AttributeError as error:  # else nn.Module.__getattr__ would be asked, and give the model's own tensor
-            raise RuntimeError(f"{name} cannot be computed: {error}") from error
+        value = _read(self, name)
+        return (
+            guarded(value, f"{type(self).__name__}.{name}") if isinstance(self.__dict__[MARK][name], Follows) else value
+        )
 
     return property(read)
+
+
+def _read(module: nn.Module, name: str) -> Tensor | None:
+    """The present value of a tensor that follows the geometry."""
+    try:
+        outdated.require_same(module)
+        require_unwritten(module, name)
+        return module.__dict__[MARK][name].value(module, name)
+    except AttributeError as error:  # else nn.Module.__getattr__ would be asked, and give the model's own tensor
+        raise RuntimeError(f"{name} cannot be computed: {error}") from error
 
 
 def view(model: M, plan: Plan | None) -> M:
@@ -299,7 +311,7 @@ def _stand(module: nn.Module, shells: Shells) -> nn.Module:
         for store in SHARED:
             vars(shell)[store] = dict(vars(source)[store])
         for name in bound:
-            value = getattr(source, name)
+            value = _read(source, name)
             own = shell._parameters.get(name)
             if own is not None and value is not None:
                 if id(own) not in tied:
