@@ -7,8 +7,8 @@ different packages; stamps are split into two halves, so that a stamp that train
 
     python benchmarks/photographs.py            # fetches, and counts what there is
 
-The packages are a benchmark's data: fetched by `apt-get download`, unpacked beside the other caches, no part of
-anypatch.
+The packages and repositories are a benchmark's data: fetched by `apt-get download` and `git clone`, unpacked beside the
+other caches, no part of anypatch.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ TEMPLATES = "tuxpaint-data"  # photographs to draw on
 POSTCARDS, FRAME = "cimg-doc", 0.09  # framed photographs of its gallery, and the share of each side that is frame
 FACES = "gnome-control-center-data"  # photographs of things, for users to choose one as their own
 VISION = "mvtb-data"  # a package of PyPI: gardens, buildings, streets, and views from the air
+# Public repositories, and the folder of each that holds photographs: the Berkeley segmentation data (animals, plants,
+# people, landscapes), and one photograph of each of ImageNet's thousand classes. For research.
+REPOSITORIES = {"BIDS/BSDS500": "BSDS500/data/images", "EliSchwartz/imagenet-sample-images": "."}
 TESTING = ("mate-backgrounds/usr/share/backgrounds/mate/nature",)  # the package's other folders are drawings
 # A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
 CLASSES = {
@@ -108,6 +111,14 @@ def fetch_wheel(package: str) -> Path:
     return target
 
 
+def fetch_repository(name: str) -> Path:
+    """The newest files of a repository of GitHub, downloaded once."""
+    target = FOLDER / name.partition("/")[2]
+    if not target.is_dir():
+        subprocess.run(["git", "clone", "-q", "--depth", "1", f"https://github.com/{name}", target], check=True)
+    return target
+
+
 def backgrounds(folders: Sequence[str] = TRAINING) -> list[Path]:
     """Wallpapers of at least 640 pixels, one file for each picture (packages hold many sizes of one), sorted.
 
@@ -130,36 +141,36 @@ def backgrounds(folders: Sequence[str] = TRAINING) -> list[Path]:
     return list(found.values())
 
 
-def photographs() -> list[Image.Image]:
-    """Photographs that train beside the wallpapers: animals, monuments, tools, landscapes; RGB.
-
-    Qt's archives hold JPEG, WebP and PNG files as they are, so they are found by their first bytes.
-    """
-    found = []
+def photographs() -> Iterator[Image.Image]:
+    """Photographs that train beside the wallpapers: animals, plants, people, monuments, tools, landscapes; RGB."""
     for archive in ARCHIVES:
-        content = (fetch(GAMES) / "usr/share/gcompris-qt/rcc" / f"{archive}.rcc").read_bytes()
-        for match in MAGIC.finditer(content):
-            try:
-                with Image.open(io.BytesIO(content[match.start() :])) as image:
-                    if min(image.size) >= SMALLEST and image.convert("RGBA").getextrema()[3][0] > 250:
-                        found.append(image.convert("RGB"))
-            except OSError:  # bytes that look like a file's first
-                continue
-    for path in sorted((fetch(TEMPLATES) / "usr/share/tuxpaint/templates").glob("*.jpg")):
-        with Image.open(path) as image:
-            found.append(image.convert("RGB"))
+        yield from _inside(fetch(GAMES) / "usr/share/gcompris-qt/rcc" / f"{archive}.rcc")
     images = fetch_wheel(VISION) / "mvtbdata/images"
-    for path in sorted([*fetch(FACES).rglob("*.jpg"), *images.glob("*.*g"), *(images / "campus").glob("*.jpg")]):
+    files = sorted((fetch(TEMPLATES) / "usr/share/tuxpaint/templates").glob("*.jpg"))
+    files += sorted([*fetch(FACES).rglob("*.jpg"), *images.glob("*.*g"), *(images / "campus").glob("*.jpg")])
+    for name, folder in REPOSITORIES.items():
+        files += [p for p in sorted((fetch_repository(name) / folder).rglob("*")) if p.suffix.lower() in SUFFIXES]
+    for path in files:
         with Image.open(path) as image:
             if min(image.size) >= SMALLEST:
-                found.append(image.convert("RGB"))
+                yield image.convert("RGB")
     for path in sorted((fetch(POSTCARDS) / "usr/share/doc").rglob("*postcard*.jpg")):
         with Image.open(path) as image:
             across, down = (round(side * FRAME) for side in image.size)
             if min(image.size) >= SMALLEST:
-                box = (across, down, image.width - across, image.height - down)
-                found.append(image.convert("RGB").crop(box))
-    return found
+                yield image.convert("RGB").crop((across, down, image.width - across, image.height - down))
+
+
+def _inside(archive: Path) -> Iterator[Image.Image]:
+    """Photographs in an archive of Qt's, which holds image files as they are: found by their first bytes."""
+    content = archive.read_bytes()
+    for match in MAGIC.finditer(content):
+        try:
+            with Image.open(io.BytesIO(content[match.start() :])) as image:
+                if min(image.size) >= SMALLEST and image.convert("RGBA").getextrema()[3][0] > 250:
+                    yield image.convert("RGB")
+        except OSError:  # bytes that look like a file's first
+            continue
 
 
 def stamps(half: int | None = None) -> list[Stamp]:
