@@ -419,6 +419,20 @@ def test_the_rate_is_sought_both_ways(
     assert math.log(found / 1e-5, learning_rate.FACTOR) == pytest.approx(min(tried or [0], key=lambda p: abs(p - best)))
 
 
+@pytest.mark.parametrize(("lower", "wanted"), [(0.97, 1e-5), (0.9, 5e-6)])
+def test_a_lower_rate_has_to_be_better_by_more_than_chance(
+    lower: float, wanted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.pair, trainer.notes, trainer.progress = SimpleNamespace(student=nn.Linear(1, 1)), [], lambda *_: None
+    losses = {2e-5: 1.2, 1e-5: 1.0, 5e-6: lower, 2.5e-6: 1.0}
+    monkeypatch.setattr(
+        learning_rate, "_loss_after", lambda _, peak, __: losses[round(peak / learning_rate.TRIAL_TIMES, 10)]
+    )
+    trainer.look_steps = lambda: 3.0
+    assert learning_rate.found_rate(trainer, 900, 1e-5) == pytest.approx(wanted)
+
+
 class StoppedError(Exception):
     pass
 
