@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import anypatch
@@ -133,3 +134,31 @@ def test_a_hook_may_hold_its_parameter_and_what_it_records_of_gradients() -> Non
     live(torch.rand(2, 3, 32, 32)).sum().backward()
     for name, parameter in live.named_parameters():
         torch.testing.assert_close(parameter.grad, log[name] + 0.5 * parameter.detach())
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_prehook", "optimizer"])
+def test_what_waits_on_the_node_of_a_gradient_would_wait_in_vain(kind: str) -> None:
+    model = random_vit()
+    called: list[Any] = []
+    weight = model.patch_embed.proj.weight
+    node: Any = weight.view_as(weight).grad_fn.next_functions[0][0]
+    if kind == "optimizer":
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    else:
+        getattr(node, kind)(lambda *grads: called.append(grads))
+    with pytest.raises(UnsupportedModelError, match=r"waits for the gradient of (pos_embed|patch_embed\.proj\.weight)"):
+        anypatch.adapt(model, 4)
+    assert weight.shape[-1] == 8
+    before = weight.detach().clone()
+    anypatch.at(model, 4)(torch.rand(1, 3, 32, 32)).square().sum().backward()  # a view exchanges no parameter
+    assert called or not torch.equal(weight, before)
+
+
+def test_a_graph_that_was_let_go_and_a_hook_that_was_taken_off_wait_for_nothing() -> None:
+    model = random_vit()
+    weight = model.patch_embed.proj.weight
+    node: Any = weight.view_as(weight).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *grads: None).remove()
+    model(torch.rand(1, 3, 32, 32)).sum().backward()
+    anypatch.adapt(model, 4)(torch.rand(1, 3, 32, 32)).sum().backward()
+    assert weight.grad.shape[-1] == 4

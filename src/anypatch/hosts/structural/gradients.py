@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from anypatch.core.geometry import Size
@@ -17,15 +18,23 @@ HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def require_free_gradients(plan: Plan) -> None:
-    """No hook on a parameter that changes holds a tensor that meets its gradient today and would not afterwards.
+    """No hook on a parameter that changes holds a tensor that meets its gradient today and would not afterwards, and
+    none is on the node that accumulates its gradient, which torch makes anew.
 
     Raises:
-        UnsupportedModelError: one does, and the next backward pass would fail; the message names it.
+        UnsupportedModelError: one does, and the next backward pass would fail, or one would never run again; the
+            message names it.
     """
     names = {id(parameter): name for name, parameter in plan.subject.model.named_parameters()}
     steps = [step for step in plan.steps if isinstance(step, SetParameter)]
     changing = [step.parameter for step in steps]
     for step in steps:
+        if tuple(step.parameter.shape) != tuple(step.data.shape) and _is_awaited(step.parameter):
+            raise UnsupportedModelError(
+                f"a hook waits for the gradient of {names.get(id(step.parameter), 'a parameter')} on the node that "
+                f"accumulates it (an optimizer that steps within the backward pass), which torch makes anew for a "
+                f"parameter of another shape: adapt first, then put it there"
+            )
         old, new = tuple(step.parameter.shape), tuple(step.data.shape)
         for hook in _hooks(step.parameter):
             for where, _, item in tensors_of(hook):
@@ -41,6 +50,21 @@ def require_free_gradients(plan: Plan) -> None:
 def _hooks(parameter: nn.Parameter) -> Iterator[Any]:
     for name in HOOKS:
         yield from (getattr(parameter, name, None) or {}).values()
+
+
+def _is_awaited(parameter: nn.Parameter) -> bool:
+    """Whether a hook is on the node that accumulates a parameter's gradient; torch lists them to hooks alone."""
+    if not parameter.requires_grad:
+        return False
+    with torch.enable_grad():
+        shown: Any = parameter.view_as(parameter).grad_fn
+    node = shown.next_functions[0][0]
+    count = 0
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(_meets)  # any function, as it is taken off before anything runs
+        count += len(handle.hooks_dict_ref()) - 1
+        handle.remove()
+    return count > 0
 
 
 def _meets(shape: Size, other: Size) -> bool:
