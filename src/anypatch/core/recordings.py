@@ -73,14 +73,8 @@ def sized(kind: type) -> frozenset[str]:
         frozenset({'window_size'})
     """
     if kind not in _SIZED:
-        own = {name: value for base in reversed(_own(kind)) for name, value in vars(base).items()}
-        codes, found = [], set()
-        names = deque(["forward"])
-        while names:
-            for code in _codes(own.pop(names.popleft(), None)):
-                codes.append(code)
-                names.extend(code.co_names)
-        for code in codes:
+        found = set()
+        for code in codes_from(kind, "forward"):
             steps = [step for step in dis.get_instructions(code) if step.opname not in NOISE]
             for i, step in enumerate(steps):
                 assigned = itertools.takewhile(lambda other: not other.opname.startswith(ENDS), reversed(steps[:i]))
@@ -88,6 +82,16 @@ def sized(kind: type) -> frozenset[str]:
                     found.add(step.argval)
         _SIZED[kind] = frozenset(found)
     return _SIZED[kind]
+
+
+def codes_from(kind: type, entry: str) -> Iterator[types.CodeType]:
+    """The code of a class's method, and of the methods that it calls."""
+    own = {name: value for base in reversed(_own(kind)) for name, value in vars(base).items()}
+    names = deque([entry])
+    while names:
+        for code in _codes(own.pop(names.popleft(), None)):
+            yield code
+            names.extend(code.co_names)
 
 
 def _codes(function: Any, depth: int = 0) -> Iterator[types.CodeType]:

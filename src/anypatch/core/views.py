@@ -29,6 +29,7 @@ from anypatch.core.outdated import MARK
 from anypatch.core.plan import Plan
 from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step
+from anypatch.core.toggles import TOGGLES, toggles, toggles_in, weights_kept
 from anypatch.core.twins import Subject
 from anypatch.errors import GeometryError, UnsupportedModelError
 
@@ -104,7 +105,9 @@ class _Bound(_Base):
 
     def __setattr__(self, name: str, value: Any) -> None:
         bound = vars(self)[MARK].get(name)
-        if isinstance(bound, Constant) and (value is None or isinstance(value, Tensor)):
+        if name in (toggling := vars(self).get(TOGGLES, {})):
+            toggling[name].value = value
+        elif isinstance(bound, Constant) and (value is None or isinstance(value, Tensor)):
             bound.exact = bound.present = value
         elif bound is not None:
             raise UnsupportedModelError(f"{name} of a view is computed from its model's: set it there")
@@ -116,6 +119,12 @@ class _Bound(_Base):
             raise UnsupportedModelError(f"{name} of a view is computed from its model's, and cannot be deleted")
         super().__delattr__(name)
 
+    def train(self, mode: bool = True) -> Any:
+        if not any(toggle.shared for toggle in toggles_in(self)):
+            return super().train(mode)
+        with weights_kept(self):
+            return super().train(mode)
+
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if isinstance(vars(self)[MARK].get(name), Constant):
             setattr(self, name, tensor)
@@ -124,7 +133,7 @@ class _Bound(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the host's class, as pickle finds no class that was made on the way."""
-        return _empty, (type(self).__mro__[2], tuple(sorted(vars(self)[MARK]))), vars(self)
+        return _empty, (type(self).__mro__[2], *_names(self)), vars(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -152,22 +161,36 @@ _CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValue
 _LOCK = threading.Lock()
 
 
-def _subclass(base: type, names: tuple[str, ...]) -> type:
-    """The class of shells of ``base`` in which ``names`` are computed; called like ``base`` and one per pair."""
+def _subclass(base: type, names: tuple[str, ...], toggling: tuple[str, ...] = ()) -> type:
+    """The class of shells of ``base`` in which ``names`` are computed and ``toggling`` shared; called like ``base`` and
+    one for all of them."""
     with _LOCK:
-        found = _CLASSES.get((base, names))
+        found = _CLASSES.get((base, names, toggling))
         if found is None:
             namespace: dict[str, Any] = {name: _property(name) for name in names}
+            namespace |= {name: _shared(name) for name in toggling}
             namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-            found = _CLASSES[base, names] = types.new_class(
+            found = _CLASSES[base, names, toggling] = types.new_class(
                 base.__name__, (_Bound, base), exec_body=lambda body: body.update(namespace)
             )
         return found
 
 
-def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _names(shell: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of what a shell's class has properties."""
+    return tuple(sorted(vars(shell)[MARK])), tuple(sorted(vars(shell).get(TOGGLES, ())))
+
+
+def _empty(base: type[nn.Module], names: tuple[str, ...], toggling: tuple[str, ...] = ()) -> nn.Module:
     """A shell without anything, to which pickle gives its attributes."""
-    return object.__new__(_subclass(base, names))
+    return object.__new__(_subclass(base, names, toggling))
+
+
+def _shared(name: str) -> property:
+    def read(self: nn.Module) -> Any:
+        return self.__dict__[TOGGLES][name].value
+
+    return property(read)
 
 
 def _property(name: str) -> property:
@@ -201,10 +224,14 @@ def view(model: M, plan: Plan | None) -> M:
     if plan is not None:
         for step in plan.steps:
             _bind(step, model, made, shells)
+    for module in model.modules():
+        found = toggles(module)
+        if found:
+            vars(made[id(module)])[TOGGLES] = found
+            vars(root).setdefault(TOGGLES, {})
     for shell in made.values():
-        names = tuple(sorted(vars(shell)[MARK]))
-        if names:
-            shell.__class__ = _subclass(type(shell), names)
+        if vars(shell)[MARK] or TOGGLES in vars(shell):
+            shell.__class__ = _subclass(type(shell), *_names(shell))
     outdated.note((module, made[id(module)]) for module in model.modules())
     computing = next((shell for shell in root.modules() if vars(shell)[MARK]), None)
     outdated.watch(root if computing is None else computing, model)
@@ -302,10 +329,11 @@ def _stand(module: nn.Module, shells: Shells) -> nn.Module:
     for source in module.modules():
         shell = shells.shell(source)
         bound: dict[str, Bound] = vars(shell).pop(MARK, {})
+        vars(shell).update({name: toggle.value for name, toggle in vars(shell).pop(TOGGLES, {}).items()})
         for name in MERGING:
             if vars(shell).get(name) is _refuse_merging:
                 del vars(shell)[name]
-        if not bound:
+        if not isinstance(source, _Bound):
             continue
         object.__setattr__(shell, "__class__", type(source).__mro__[2])  # after the subclass and _Bound
         for store in SHARED:
