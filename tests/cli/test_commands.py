@@ -116,8 +116,19 @@ def test_a_failed_check_exits_with_one(anypatch: Anypatch, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", *VIT, "--patch-size", "33"], "use image_size 132x132 or 165x165, or patch_size 32x32 or 40x40"),
-        (["inspect", *VIT, "--patch-size", "33"], "--image-size nearest"),
+        (
+            ["inspect", *VIT, "--patch-size", "33"],
+            "use --image-size 132x132 or 165x165, or --patch-size 32x32 or 40x40",
+        ),
+        (["inspect", *VIT, "--patch-size", "33"], "; or --image-size nearest, which is 165x165; or --keep grid, "),
+        (
+            ["inspect", *VIT, "--patch-size", "14x14x14"],
+            "--patch-size must be a number of pixels, or HEIGHTxWIDTH, got 14x14x14",
+        ),
+        (
+            ["tune", *VIT, "--patch-size", "32", "--images", "x", "--output", "y", "--steps", "1", "--minutes", "1"],
+            "give --minutes or --steps, not both",
+        ),
         (["inspect", *VIT, "--patch-size", "big"], "'big'"),
         (["adapt", *VIT, "--patch-size", "16,32", "--output", "x"], "a rectangle is 16x32"),
         (["inspect", "nonsense"], "timm:NAME"),
@@ -244,8 +255,8 @@ def test_values_are_read_as_python_and_json_write_them(text: str, value: object)
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("timm:vit_tiny_patch16_224", "patch_size 15x15 does not divide image_size 224x224"),
-        ("torchvision:vit_b_32/DEFAULT", "patch_size 15x15 does not divide image_size 224x224"),
+        ("timm:vit_tiny_patch16_224", "patch size 15x15 does not divide image size 224x224"),
+        ("torchvision:vit_b_32/DEFAULT", "patch size 15x15 does not divide image size 224x224"),
         ("timm:xcit_nano_12_p16_224", "not one linear map per patch"),
     ],
 )
@@ -330,17 +341,51 @@ def test_sweep_and_view_take_the_nearest_size_and_print_lines(anypatch: Anypatch
     assert (tmp_path / "seen" / "v.png").is_file()
 
 
-@pytest.mark.parametrize(("terminal", "arguments", "off"), [(True, [], False), (True, ["-q"], True), (False, [], True)])
-def test_bars_of_other_libraries_are_for_people(
-    terminal: bool, arguments: list[str], off: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("terminal", "before", "after"), [(True, None, "1"), (False, None, "1"), (True, "0", "0")])
+def test_bars_of_other_libraries_are_off_unless_asked_for(
+    terminal: bool, before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # so that it is put back
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    monkeypatch.setattr(sys, "argv", ["anypatch", "--version", *arguments])
+    """In a terminal, too: above a bar of ours they stand still at 0 %, and stay there."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", before or "")  # so that it is put back
+    if before is None:
+        monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(sys, "argv", ["anypatch", "--version"])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     with pytest.raises(SystemExit):
         cli.main()
-    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == ("1" if off else None)
+    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == after
+
+
+@pytest.mark.slow  # a process that imports transformers
+def test_a_terminal_sees_no_bar_but_ours(tmp_path: Path) -> None:
+    """transformers' own, of loading and of writing, under a pseudo-terminal."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    from transformers import Dinov2Config, Dinov2Model
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path / "dino")
+    own, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("4H", 40, 80, 0, 0))  # rows and columns: bars need some
+    command = ["adapt", str(tmp_path / "dino"), "--patch-size", "7", "--output", str(tmp_path / "seven")]
+    with subprocess.Popen([sys.executable, "-m", "anypatch", *command], stdout=other, stderr=other) as process:
+        os.close(other)
+        said = b""
+        while True:
+            try:
+                said += (part := os.read(own, 1 << 16))
+            except OSError:  # nobody holds the other end any more
+                break
+            if not part:
+                break
+    os.close(own)
+    assert process.returncode == 0, said
+    assert b"patch 14x14 -> 7x7" in said
+    assert b"it/s" not in said
+    assert b"%|" not in said
 
 
 @pytest.mark.parametrize(
@@ -374,7 +419,8 @@ def test_numbers_stand_side_by_side(
 def test_a_pipe_gets_whole_words(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     lines = anypatch("inspect", *VIT, "--patch-size", "32").stdout.splitlines()
-    assert "patch_embed.proj.weight\tpatch projection\t(64, 3, 16, 16)\t(64, 3, 32, 32)" in lines
+    assert "patch_embed.proj.weight\tpatch projection\t(64, 3, 16, 16)\t(64, 3, 32, 32)\ttensor" in lines
+    assert "patch_embed.patch_size\tattribute\t(16, 16)\t(32, 32)\tattribute" in lines
     assert "patch size\t16x16 -> 32x32" in lines
     assert "grid\t10x10 -> 5x5" in lines
     assert "\x1b" not in "".join(lines)
@@ -383,7 +429,13 @@ def test_a_pipe_gets_whole_words(anypatch: Anypatch, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("wide")
 def test_a_terminal_of_80_columns_gets_whole_words(anypatch: Anypatch, capsys: pytest.CaptureFixture[str]) -> None:
     shown = anypatch("inspect", *VIT, "--patch-size", "32").stdout
-    for word in ("patch_embed.proj.weight", "absolute positions (1 + 10x10 tokens)", "(64, 3, 32, 32)"):
+    for word in (
+        "patch_embed.proj.weight",
+        "absolute positions (1 + 10x10 tokens)",
+        "(64, 3, 32, 32)",
+        "2 tensors, resampled",
+        " set anew",
+    ):
         assert word in shown
     output.table(("patch", "fidelity"), [("8", "0.98"), ("16", "1.00")], right=True)
     table = capsys.readouterr().out.splitlines()

@@ -55,7 +55,7 @@ def test_one_of_two_models(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert _run(monkeypatch, *COMMANDS[command]) == 2
-    assert 'say which with prefix="state_dict.encoder_k"' in capsys.readouterr().err.replace("\n", " ")
+    assert "say which with --prefix state_dict.encoder_k" in capsys.readouterr().err.replace("\n", " ")
     assert not (place / "out").exists()
     assert not _run(monkeypatch, *COMMANDS[command], "--prefix", "encoder_q")
     written = [*place.glob("out.safetensors"), *place.glob("out/*.safetensors"), *place.glob("out/*/*.safetensors")]

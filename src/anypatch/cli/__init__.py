@@ -17,13 +17,16 @@ from rich.markup import escape
 
 from anypatch import __version__
 from anypatch.cli import comparing, models, output, tuning, writing
+from anypatch.cli.helping import Command, Group
 from anypatch.cli.stderr import notes, without_bars
+from anypatch.cli.words import as_typed
 from anypatch.errors import AnypatchError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 app = typer.Typer(
     name="anypatch",
+    cls=Group,
     help="Any pretrained Vision Transformer, at any patch size.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,6 +38,7 @@ models.register(app)
 writing.register(app)
 comparing.register(app)
 tuning.register(app)
+app.command(cls=Command)(comparing.demo)
 
 
 def _say_version(wanted: bool) -> None:
@@ -60,7 +64,7 @@ def main() -> None:
     quiet = "--quiet" in arguments or "-q" in arguments
     if not debug:
         logging.disable(logging.ERROR)  # other packages'; what they mean is in the error that follows
-    without_bars(quiet)
+    without_bars()
     try:
         with notes(quiet, debug):
             status = run(arguments or ["--help"], debug)
@@ -90,7 +94,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
 
 def _words(error: Exception, arguments: list[str]) -> str:
     if isinstance(error, AnypatchError):
-        return str(error)
+        return as_typed(str(error))
     if hasattr(error, "format_message"):  # typer's own, about the command line
         command = next((a for a in arguments if a in {c.callback.__name__ for c in app.registered_commands}), "")  # type: ignore[union-attr]
         return f"{error.format_message()} (see {' '.join(filter(None, ('anypatch', command, '--help')))})"

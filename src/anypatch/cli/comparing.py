@@ -11,6 +11,7 @@ import typer
 
 from anypatch.cli import options as o
 from anypatch.cli import output as out
+from anypatch.cli.helping import Command
 from anypatch.cli.stderr import leads, working
 from anypatch.cli.targets import nothing_empty_left
 from anypatch.core.geometry import parse_image_size, parse_sizes
@@ -25,37 +26,51 @@ QUALITY = ("fidelity", "patch_fidelity", "neighbour_agreement", "accuracy")
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(sweep)
-    app.command()(view)
-    app.command()(demo)
+    app.command(cls=Command)(sweep)
+    app.command(cls=Command)(view)
 
 
 def sweep(
     source: o.Source,
     patch_size: o.PatchSizes,
-    output: Annotated[Path, typer.Option(parser=o.path, help="Folder for sweep.json, sweep.csv and report.html.")],
+    output: Annotated[
+        Path, typer.Option(parser=o.path, metavar="FOLDER", help="For sweep.json, sweep.csv and report.html.")
+    ],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     figure: Annotated[
         Optional[Path],
-        typer.Option(parser=o.path, help="Also write the trade-off as a picture: sweep.svg, .png or .pdf."),
+        typer.Option(
+            parser=o.path, metavar="FILE", help="Also write the trade-off as a picture: sweep.svg, .png or .pdf."
+        ),
     ] = None,
     data: Annotated[
         Optional[str],
-        typer.Option(help="Labelled images: a folder train/CLASS and val/CLASS, or CLASS; or a Hugging Face dataset."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Labelled images: a folder train/CLASS and val/CLASS, or CLASS; or a Hugging Face dataset's name.",
+        ),
     ] = None,
-    images: Annotated[Optional[Path], typer.Option(parser=o.path, help="A folder of images without labels.")] = None,
+    images: Annotated[
+        Optional[Path], typer.Option(parser=o.path, metavar="FOLDER", help="Images without labels, at any depth.")
+    ] = None,
     class_names: Annotated[
         Optional[str],
-        typer.Option(help="For CLIP: a file with one name a line, or names with commas, in the order of the classes."),
+        typer.Option(
+            metavar="NAMES",
+            help="For CLIP: a file with one name a line, or names with commas, in the order of the classes.",
+        ),
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="At most so many images per split.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
-    workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,
+    limit: Annotated[Optional[int], typer.Option(metavar="NUMBER", help="At most so many images per split.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="NUMBER", help="Images per forward pass.")] = 32,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(metavar="NUMBER", help="Processes that decode images; by the number of cores without it."),
+    ] = None,
     device: o.Device = None,
     cache: Annotated[
         Optional[Path],
-        typer.Option(parser=o.path, help="Folder for features; the user's cache by default."),
+        typer.Option(parser=o.path, metavar="FOLDER", help="For features; the user's cache without it."),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
     kernel: o.KernelOption = o.Kernel.wiener,
@@ -129,10 +144,10 @@ def _show(result: Any, output: Path, json: bool) -> None:
 
 def view(
     source: o.Source,
-    image: Annotated[Path, typer.Argument(parser=o.path, help="An image file.")],
+    image: Annotated[Path, typer.Argument(parser=o.path, metavar="IMAGE", help="An image file.")],
     *,
     patch_size: o.PatchSizes,
-    output: Annotated[Path, typer.Option(parser=o.path, help="The picture to write, such as out.png.")],
+    output: Annotated[Path, typer.Option(parser=o.path, metavar="FILE", help="The picture to write, such as out.png.")],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     kernel: o.KernelOption = o.Kernel.wiener,
@@ -172,7 +187,9 @@ def view(
 
 
 def demo(
-    output: Annotated[Path, typer.Option(parser=o.path, help="The report to write.")] = Path("anypatch-demo.html"),
+    output: Annotated[Path, typer.Option(parser=o.path, metavar="FILE", help="The report to write.")] = Path(
+        "anypatch-demo.html"
+    ),
     quiet: o.Quiet = False,
 ) -> None:
     """Adapt the embedded model to several patch sizes, offline, and show what each costs and keeps."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from anypatch.cli import options as o
 from anypatch.cli import output
+from anypatch.cli.helping import Command
 from anypatch.cli.stderr import working
 from anypatch.core.geometry import Size, parse_image_size, parse_size, show, target_geometry
 from anypatch.files.paths import place
 
+if TYPE_CHECKING:
+    from anypatch.core.plan import Change
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(inspect)
-    app.command()(check)
+    app.command(cls=Command)(inspect)
+    app.command(cls=Command)(check)
 
 
 def load_source(
@@ -62,7 +67,8 @@ def inspect(
         found |= {"embedding": facts.embedding, "positions": facts.positions}
         if asked:
             found["adapted"] = output.geometry_json(target)
-            found["changes"] = [{"name": c.name, "role": c.role, "old": c.old, "new": c.new} for c in changes]
+            said = ("name", "kind", "role", "old", "new")
+            found["changes"] = [{name: getattr(change, name) for name in said} for change in changes]
         output.as_json(found)
         return
     pairs = [
@@ -77,8 +83,23 @@ def inspect(
     ]
     output.values(pairs)
     if asked:
-        rows = [(c.name, c.role, str(c.old), str(c.new)) for c in changes]
-        output.table(("name", "role", "old", "new"), rows, title=f"{len(changes)} changes")
+        _show(changes)
+
+
+def _show(changes: Sequence[Change]) -> None:
+    """On a terminal tensors and the rest apart; in a pipe one table, whose last column says which is which."""
+    columns = ("name", "role", "old", "new")
+    rows = [(c.name, c.role, str(c.old), str(c.new)) for c in changes]
+    if not output.terminal():
+        output.table((*columns, "kind"), [(*r, c.kind) for r, c in zip(rows, changes, strict=True)], title="changes")
+        return
+    tensors = [row for row, change in zip(rows, changes, strict=True) if change.kind == "tensor"]
+    others = [row for row, change in zip(rows, changes, strict=True) if change.kind != "tensor"]
+    if not changes:
+        output.line("\nnothing would change")
+    for found, what in ((tensors, "tensors, resampled"), (others, "attributes, buffers and modules, set anew")):
+        if found:
+            output.table(columns, found, title=f"{len(found)} {what}")
 
 
 def _step(old: Size | None, new: Size | None) -> str:

@@ -51,16 +51,24 @@ class Kernel(str, Enum):
 Source = Annotated[
     str,
     typer.Argument(
+        metavar="SOURCE",
         help="timm:NAME, transformers:NAME_OR_DIR, open_clip:NAME/PRETRAINED, torchvision:NAME, hub:REPO:NAME, a "
-        "directory or a checkpoint file."
+        "directory or a checkpoint file.",
     ),
 ]
-PatchSize = Annotated[Optional[str], typer.Option(help="New patch size in pixels: 16, or HEIGHTxWIDTH.")]
-OnePatchSize = Annotated[str, typer.Option("--patch-size", help="Patch size in pixels: 32, or HEIGHTxWIDTH.")]
-PatchSizes = Annotated[str, typer.Option("--patch-size", help="Patch sizes with commas: 8,14,16x32.")]
+PatchSize = Annotated[
+    Optional[str], typer.Option(metavar="SIZE", help="New patch size in pixels: 16, or HEIGHTxWIDTH.")
+]
+OnePatchSize = Annotated[
+    str, typer.Option("--patch-size", metavar="SIZE", help="Patch size in pixels: 32, or HEIGHTxWIDTH.")
+]
+PatchSizes = Annotated[str, typer.Option("--patch-size", metavar="SIZES", help="Patch sizes with commas: 8,14,16x32.")]
 ImageSize = Annotated[
     Optional[str],
-    typer.Option(help="New image size in pixels: 448, HEIGHTxWIDTH, or nearest: the nearest that the patch divides."),
+    typer.Option(
+        metavar="SIZE",
+        help="New image size in pixels: 448, HEIGHTxWIDTH, or nearest: the nearest that the patch divides.",
+    ),
 ]
 KeepOption = Annotated[Keep, typer.Option("--keep", help="Without --image-size: keep the image size, or the grid.")]
 PositionsOption = Annotated[
@@ -71,14 +79,27 @@ ReferenceOption = Annotated[
     Reference,
     typer.Option(
         "--reference",
-        help="What fidelity is measured against: the native patch at the asked image size, or the model as it is.",
+        help="What fidelity is measured against: the native patch at the asked image size, or (native) the model as "
+        "it is.",
     ),
 ]
-KernelOption = Annotated[Kernel, typer.Option("--kernel", help="How patch kernels are resized.")]
-Arch = Annotated[Optional[str], typer.Option(help="Architecture of a checkpoint file, such as timm:NAME.")]
+KernelOption = Annotated[
+    Kernel,
+    typer.Option(
+        "--kernel",
+        metavar="METHOD",
+        help="How patch kernels are resized: wiener, pi (FlexiViT's), bicubic or bilinear.",
+    ),
+]
+Arch = Annotated[
+    Optional[str], typer.Option(metavar="NAME", help="Architecture of a checkpoint file, such as timm:NAME.")
+]
 Prefix = Annotated[
     Optional[str],
-    typer.Option(help="Which of several models in a checkpoint file: what stands before its patch projection's name."),
+    typer.Option(
+        metavar="TEXT",
+        help="Which of several models in a checkpoint file: what stands before its patch projection's name.",
+    ),
 ]
 Options = Annotated[
     Optional[list[str]],
@@ -91,12 +112,15 @@ Weights = Annotated[
     typer.Option("--weights/--no-weights", help="Load the pretrained weights too; without them, nothing big is read."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
-Device = Annotated[Optional[str], typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    Optional[str],
+    typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps; an accelerator if there is one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: results and errors only.")]
 Folder = Annotated[
     Path,
-    typer.Option("--output", parser=path, help="Directory to write, in the host library's own format."),
+    typer.Option("--output", parser=path, metavar="FOLDER", help="Folder to write, in the host library's own format."),
 ]
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}

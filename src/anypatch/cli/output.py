@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +17,9 @@ from rich.table import Table
 from anypatch.core.geometry import Geometry
 
 Rows = Sequence[Sequence[str]]
+Side = Literal["left", "right"]
+LEFT: Side = "left"
+RIGHT: Side = "right"
 GAP = 2  # columns between two of a table
 
 
@@ -55,25 +58,41 @@ def table(columns: Sequence[str], rows: Rows, title: str = "", right: bool = Fal
         right: whether cells are numbers, aligned on the right.
     """
     if not terminal():
-        if title:  # something was printed before it
-            line("")
-        for cells in (columns, *rows):
-            line("\t".join(_flat(cell) for cell in cells))
+        _lines(columns, rows, title)
         return
     console = Console()
     if title:
         console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
-    turned = list(map(list, zip(columns, *rows, strict=True)))
-    for heads, body in ((columns, rows), (turned[0], turned[1:])):
-        if (heads is columns or right) and _width(heads, body) <= console.width:
-            shown = Table(box=None, header_style="bold", padding=(0, GAP, 0, 0))
-            for place, name in enumerate(heads):
-                left = not right or (place == 0 and heads is not columns)
-                shown.add_column(escape(name), justify="left" if left else "right", no_wrap=True)
-            for cells in body:
-                shown.add_row(*map(escape, cells))
-            console.print(shown)
-            return
+    if _width(columns, rows) <= console.width:
+        _grid(console, columns, rows, [RIGHT if right else LEFT] * len(columns))
+        return
+    head, *body = zip(columns, *rows, strict=True)
+    if right and _width(head, body) <= console.width:
+        _grid(console, head, body, [LEFT, *[RIGHT] * len(rows)])
+        return
+    _paragraphs(console, columns, rows)
+
+
+def _lines(columns: Sequence[str], rows: Rows, title: str) -> None:
+    """For programs; an empty line parts it from what was printed before."""
+    if title:
+        line("")
+    for cells in (columns, *rows):
+        line("\t".join(_flat(cell) for cell in cells))
+
+
+def _grid(console: Console, heads: Sequence[str], body: Rows, sides: Sequence[Side]) -> None:
+    """Columns side by side, each cell at one ``side`` of its column."""
+    shown = Table(box=None, header_style="bold", padding=(0, GAP, 0, 0))
+    for head, side in zip(heads, sides, strict=True):
+        shown.add_column(escape(head), justify=side, no_wrap=True)
+    for cells in body:
+        shown.add_row(*map(escape, cells))
+    console.print(shown)
+
+
+def _paragraphs(console: Console, columns: Sequence[str], rows: Rows) -> None:
+    """A paragraph a row, a line a cell."""
     width = max(len(name) for name in columns[1:]) + GAP
     for head, *cells in rows:
         console.print(f"[bold]{escape(columns[0])} {escape(head)}[/bold]", highlight=False, soft_wrap=True)

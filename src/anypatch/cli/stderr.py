@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from anypatch.cli.words import as_typed
 from anypatch.errors import AnypatchWarning
 from anypatch.report.progress import Progress, shown_progress
 
@@ -27,13 +28,13 @@ def working(text: str, quiet: bool = False) -> AbstractContextManager[Progress]:
     return shown_progress(False if quiet or not leads() else None, text)
 
 
-def without_bars(quiet: bool = False) -> None:
-    """Where nobody watches, or asked for quiet: no bars of the hub's client and of transformers, which does as it does.
+def without_bars() -> None:
+    """No bars of the hub's client and of transformers, which does as it does, beside our own line of progress.
 
-    The process is the command's own, and neither library is imported yet. Our lines of progress stay.
+    Above a bar that is drawn anew ten times a second another one stands still at 0 %, and stays when all is done. The
+    process is the command's own, and neither library is imported yet; ``HF_HUB_DISABLE_PROGRESS_BARS=0`` has them back.
     """
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def notes(quiet: bool = False, debug: bool = False) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         if issubclass(category, AnypatchWarning):
             if leads() and not quiet:
-                text = " ".join(str(message).split())
+                text = as_typed(" ".join(str(message).split()))
                 Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
         elif debug:
             sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

@@ -39,15 +39,7 @@ def require_target(target: Path, source: str, overwrite: bool) -> None:
     read = place(source)
     if not read.exists() and ":" in source:  # a prefix before a directory
         read = place(source.partition(":")[2].removeprefix("local-dir:"))
-    try:
-        require_free(target, overwrite, read if read.exists() else None)
-    except CheckpointError as error:
-        raise with_options(error) from None
-
-
-def with_options(error: AnypatchError) -> AnypatchError:
-    """The error as it is said on the command line, where arguments are options."""
-    return type(error)(str(error).replace("pass overwrite", "give --overwrite"))
+    require_free(target, overwrite, read if read.exists() else None)
 
 
 def require_format(target: Path, library: str) -> None:

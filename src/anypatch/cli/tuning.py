@@ -10,8 +10,8 @@ import typer
 
 from anypatch.cli import options as o
 from anypatch.cli import output as out
+from anypatch.cli.helping import Command
 from anypatch.cli.stderr import leads, working
-from anypatch.cli.targets import with_options
 from anypatch.core.geometry import parse_image_size, parse_sizes
 from anypatch.errors import AnypatchError
 
@@ -27,7 +27,7 @@ class Precision(str, Enum):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(tune)
+    app.command(cls=Command)(tune)
 
 
 def tune(
@@ -35,22 +35,31 @@ def tune(
     patch_size: o.PatchSizes,
     images: Annotated[
         Path,
-        typer.Option(parser=o.path, help="A folder of images; a few hundred will do, labels are not needed."),
+        typer.Option(
+            parser=o.path, metavar="FOLDER", help="Images, at any depth; a few hundred will do, labels are not needed."
+        ),
     ],
-    output: Annotated[Path, typer.Option(parser=o.path, help="Folder for the model, its card and the report.")],
+    output: Annotated[
+        Path, typer.Option(parser=o.path, metavar="FOLDER", help="For the model, its card and the report.")
+    ],
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,
     minutes: Annotated[
-        Optional[float], typer.Option(help="How long, about; 10 without it and without --steps.")
+        Optional[float], typer.Option(metavar="NUMBER", help="How long, about; 10 without it and without --steps.")
     ] = None,
-    steps: Annotated[Optional[int], typer.Option(help="How many steps, instead of minutes.")] = None,
-    learning_rate: Annotated[str, typer.Option(help="Its highest value; auto tries several.")] = "auto",
-    lora: Annotated[Optional[int], typer.Option(help="Train adapters of this rank, by peft, and merge them.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per step, of all processes together.")] = 16,
-    workers: Annotated[Optional[int], typer.Option(help="Processes that cut crops.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    steps: Annotated[Optional[int], typer.Option(metavar="NUMBER", help="How many steps, instead of minutes.")] = None,
+    learning_rate: Annotated[str, typer.Option(metavar="NUMBER", help="The highest; auto tries several.")] = "auto",
+    lora: Annotated[
+        Optional[int], typer.Option(metavar="RANK", help="Train adapters of this rank, by peft, and merge them.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="NUMBER", help="Images per step, of all processes together.")] = 16,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(metavar="NUMBER", help="Processes that cut crops; by the number of cores without it."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="NUMBER", help="Of everything that is drawn.")] = 0,
     precision: Annotated[
-        Optional[Precision], typer.Option(help="Of the forward passes; accelerate's without it.")
+        Optional[Precision], typer.Option(help="Of the forward passes; accelerate's own choice without it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the interrupted run in --output.")] = False,
     overwrite: o.Overwrite = False,
@@ -96,9 +105,9 @@ def tune(
                 overwrite=overwrite,
                 **o.loader_options(option, arch, prefix),
             )
-    except AnypatchError as error:
+    except AnypatchError:
         if leads():
-            raise with_options(error) from error
+            raise
         raise typer.Exit(2) from None  # all processes raise the same error; one says it
     if not leads():
         return

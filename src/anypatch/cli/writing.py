@@ -9,6 +9,7 @@ import typer
 
 from anypatch.cli import options as o
 from anypatch.cli import output as out
+from anypatch.cli.helping import Command
 from anypatch.cli.models import load_source
 from anypatch.cli.stderr import working
 from anypatch.cli.targets import nothing_empty_left, require_format, require_target
@@ -19,8 +20,8 @@ from anypatch.files.paths import place
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(adapt)
-    app.command()(convert)
+    app.command(cls=Command)(adapt)
+    app.command(cls=Command)(convert)
 
 
 def adapt(
@@ -64,9 +65,16 @@ def adapt(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(parser=o.path, help="A checkpoint file, or a directory of transformers, timm or open_clip."),
+        typer.Argument(
+            parser=o.path,
+            metavar="SOURCE",
+            help="A checkpoint file, or a folder of transformers, timm or open_clip.",
+        ),
     ],
-    target: Annotated[Path, typer.Argument(parser=o.path, help="The .safetensors file or the directory to write.")],
+    target: Annotated[
+        Path,
+        typer.Argument(parser=o.path, metavar="TARGET", help="The .safetensors file, or the folder, to write."),
+    ],
     patch_size: o.PatchSize = None,
     image_size: o.ImageSize = None,
     keep: o.KeepOption = o.Keep.image,

@@ -301,7 +301,7 @@ def _require_divisible(image: Size, patch: Size, current: Geometry, asked: bool,
     other = (
         ""
         if asked or current.image_size is None
-        else f'; or image_size="{NEAREST}" (on the command line --image-size {NEAREST}), which is {close}; '
+        else f'; or image_size="{NEAREST}", which is {close}; '
         f'or keep="grid", which changes the image size with the patch'
     )
     raise GeometryError(

@@ -45,6 +45,11 @@ class Change:
     old: Any
     new: Any
 
+    @property
+    def kind(self) -> str:
+        """``"tensor"`` for what is resampled by its role; else what is set to the new twin's, as its role says."""
+        return self.role if self.role in ("buffer", "attribute", "module") else "tensor"
+
 
 @dataclass
 class Plan:
