@@ -9,6 +9,7 @@ than float noise is something the adaptation forgot.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,7 +30,7 @@ from anypatch.core.recordings import results
 from anypatch.core.shells import copied
 from anypatch.core.twins import Subject
 from anypatch.core.views import standing
-from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
+from anypatch.errors import AnypatchError, AnypatchWarning, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
 from anypatch.hosts.structural.rehearsing import Rehearsal, Run
 
@@ -119,15 +120,10 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
             f"check proves growing patches: patch_size {show(target)} is smaller than the model's "
             f"{show(current.patch_size)}"
         )
-    method = Pi("bicubic")
-    if current.overlapping or described.facts.whole_multiples:
-        if any(new % old for new, old in zip(target, current.patch_size, strict=True)):
-            why = "pad or crop" if described.facts.whole_multiples else "overlap"
-            raise GeometryError(
-                f"patches {why} (kernel {show(current.kernel_size)}, stride {show(current.patch_size)}): "
-                f"check needs a whole multiple of the stride, got {show(target)}"
-            )
-        method = Pi("nearest")
+    if target == current.patch_size:
+        note = f"patch size {show(target)} is the model's own, so nothing was resized: a larger one proves more"
+        warnings.warn(note, AnypatchWarning, 4)
+    method = _method(described, target)
     generator = torch.Generator().manual_seed(seed)
     subject = _copied(model)
     randomise(subject, generator)
@@ -153,6 +149,20 @@ def check(model: nn.Module, patch_size: SizeLike, *, seed: int = 0) -> Check:
     if found.error >= TOLERANCE:
         _require_repeatable(after, _forward(example, subject, adapted.part, pixels))
     return found
+
+
+def _method(described: Subject, target: Size) -> Pi:
+    """How patches are enlarged and their kernel resized; some stems take whole multiples of their stride only."""
+    current = described.geometry
+    if not (current.overlapping or described.facts.whole_multiples):
+        return Pi("bicubic")
+    if any(new % old for new, old in zip(target, current.patch_size, strict=True)):
+        why = "pad or crop" if described.facts.whole_multiples else "overlap"
+        raise GeometryError(
+            f"patches {why} (kernel {show(current.kernel_size)}, stride {show(current.patch_size)}): "
+            f"check needs a whole multiple of the stride, got {show(target)}"
+        )
+    return Pi("nearest")
 
 
 def _copied(model: nn.Module) -> nn.Module:

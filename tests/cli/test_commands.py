@@ -101,6 +101,14 @@ def test_check_passes_and_says_so(anypatch: Anypatch) -> None:
     assert "PASS" in result.stdout
 
 
+def test_a_check_at_the_own_patch_says_that_nothing_was_resized(anypatch: Anypatch) -> None:
+    result = anypatch("check", *VIT, "--patch-size", "16")
+    assert result.returncode == 0
+    assert "note: patch size 16x16 is the model's own, so nothing was resized" in result.stderr
+    assert "note" not in anypatch("check", *VIT, "--patch-size", "16x32").stderr
+    assert "note" not in anypatch("check", *VIT, "--patch-size", "16", "--quiet").stderr
+
+
 def test_a_failed_check_exits_with_one(anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch) -> None:
     from anypatch import proof
 

@@ -53,6 +53,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return split_folder(tmp_path_factory.mktemp("data"))
 
 
+def test_tokens_are_patches_as_in_a_budget() -> None:
+    """Prefix tokens are not counted, as in ``flexible``'s budget and in what ``tune`` says."""
+    model = vit(reg_tokens=4)
+    rows = sweep(model, [4, 8]).rows
+    grids = [anypatch.geometry(anypatch.at(model, patch)).grid for patch in (4, 8)]
+    assert [row["tokens"] for row in rows] == [h * w for h, w in grids]
+    flexible = anypatch.flexible(model, (4, 8))
+    height, width = anypatch.geometry(model).image_size
+    for row in rows:
+        assert flexible._chosen((height, width), None, row["tokens"]) == (row["patch_size"],) * 2
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(patch size, images) of every pass for features; those for timing are not counted."""
@@ -93,7 +105,7 @@ def test_rows_and_files(folder: Path, tmp_path: Path) -> None:
     assert anypatch.geometry(model).patch_size == (8, 8)
     assert [r["patch_size"] for r in result.rows] == SIZES
     assert [r["image_size"] for r in result.rows] == [32] * 3
-    assert [r["tokens"] for r in result.rows] == [65, 17, 5]
+    assert [r["tokens"] for r in result.rows] == [64, 16, 4]
     assert result.rows[0]["gflops"] > result.rows[1]["gflops"] > result.rows[2]["gflops"] > 0
     assert result.rows[0]["peak_memory_mb"] > result.rows[2]["peak_memory_mb"]
     assert all(r["images_per_second"] > 0 for r in result.rows)
@@ -142,7 +154,7 @@ def test_keep_grid_and_rectangles(folder: Path) -> None:
     result = sweep(vit(), [4, (8, 16)], keep="grid", images=folder / "val")
     assert [r["image_size"] for r in result.rows] == [16, [32, 64]]
     assert [r["patch_size"] for r in result.rows] == [4, [8, 16]]
-    assert {r["tokens"] for r in result.rows} == {17}
+    assert {r["tokens"] for r in result.rows} == {16}
     assert "8x16" in result.to_csv()
     assert list(result.to_pandas()["image_size"]) == [16, "32x64"]
 
@@ -156,8 +168,8 @@ def test_grey_model(folder: Path) -> None:
 
 def test_image_size(folder: Path) -> None:
     result = sweep(vit(), [8, 16], image_size=64, images=folder / "val", limit=6, reference="native")
-    assert [r["tokens"] for r in result.rows] == [65, 17]
-    assert result.native["tokens"] == 17
+    assert [r["tokens"] for r in result.rows] == [64, 16]
+    assert result.native["tokens"] == 16
     assert result.rows[0]["fidelity"] < 1
 
 

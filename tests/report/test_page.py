@@ -26,7 +26,7 @@ needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium: 
 
 
 def row(patch: int, gflops: float, speed: float, accuracy: float, **more) -> dict:
-    found = {"patch_size": patch, "image_size": 224, "tokens": (224 // patch) ** 2 + 1, "gflops": gflops}
+    found = {"patch_size": patch, "image_size": 224, "tokens": (224 // patch) ** 2, "gflops": gflops}
     found |= {"images_per_second": speed, "peak_memory_mb": 100.0, "fidelity": accuracy, "patch_fidelity": 0.9}
     found |= {"neighbour_agreement": 0.8, "accuracy": accuracy, "accuracy_low": accuracy - 0.05}
     found |= {"accuracy_high": min(accuracy + 0.05, 1.0), "accuracy_by": "probe", "probe_accuracy": accuracy}
@@ -48,6 +48,27 @@ def result() -> SweepResult:
     settings = {"model": "</title><b>model</b>", "library": "timm", "reproduce": "anypatch sweep '<b>' --data &"}
     settings["data"] = {"test": {"name": NAUGHTY, "images": 12, "classes": 3}}
     return SweepResult(rows, row(16, 9.0, 15.0, 0.9), settings, [f"1 of 9 images cannot be read: {NAUGHTY}"], samples)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    "gflops", [(12.0, 3.0), (12.0, 11.2, 10.5), (36.1, 36.4), (36.1,), (24000.0, 21000.0, 18000.0), (9000.0, 3.0, 0.01)]
+)
+def test_ticks_of_the_figure_leave_each_other_room(gflops: tuple[float, ...], labelled: bool) -> None:
+    """As drawn: of two sizes, of close ones, of one, of many powers of ten; at least two numbers on an axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rows = [row(14 + i, cost, 120.0 / cost, 0.8) for i, cost in enumerate(gflops)]
+    if not labelled:
+        rows = [{**r, "accuracy": None, "fidelity": None} for r in rows]
+    figure = SweepResult(rows, rows[0]).plot()  # type: ignore[arg-type]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        shown = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
+        boxes = [text.get_window_extent(canvas.get_renderer()) for text in shown if text.get_text()]
+        assert len(boxes) > 1
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 @pytest.fixture
@@ -142,7 +163,7 @@ def test_axis_ticks_enclose(low: float, high: float) -> None:
     assert ticks[0] <= low + 1e-12
     assert ticks[-1] >= high - 1e-12
     assert 2 <= len(ticks) <= 8
-    assert len(html._log_ticks(*html._widened([low + 0.01, high + 0.01]))) <= 6
+    assert len(html.log_ticks(*html._widened([low + 0.01, high + 0.01]))) <= 6
 
 
 @needs_browser

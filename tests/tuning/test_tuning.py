@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 import anypatch
 import builders
 from anypatch import AnypatchError, CheckpointError, DataError, GeometryError, UnsupportedModelError
+from anypatch.errors import AnypatchWarning
 from anypatch.hosts.blocks import Tokens
 from anypatch.hosts.images import Features, Preprocess
 from anypatch.proof import randomise
@@ -821,6 +823,7 @@ def test_result_and_report(photos: Path, tmp_path: Path) -> None:
     result = anypatch.tune(vit(), images=photos, patch_size=8, steps=4, learning_rate=1e-3, output=tmp_path, **OPTIONS)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert result.says in (tmp_path / "TUNING.md").read_text()
+    assert "[TUNING.md](TUNING.md)" in (tmp_path / "README.anypatch.md").read_text()
     said = json.loads((tmp_path / "tune.json").read_text())
     assert said["rows"] == result.rows
     assert (tmp_path / "tune.csv").read_text().count("\n") == 2
@@ -832,6 +835,34 @@ def test_result_and_report(photos: Path, tmp_path: Path) -> None:
     assert "accuracy_after" not in said["rows"][0]
     assert len(result.to_pandas()) == 1
     assert result.plot().axes[0].get_xlabel() == "steps"
+
+
+@pytest.mark.slow
+def test_cards_of_a_tuned_model_name_the_one_that_says_how(photos: Path, tmp_path: Path) -> None:
+    """For one patch size, for several, and where the tuned model is adapted once more."""
+    options: dict[str, Any] = {"images": photos, "steps": 1, "learning_rate": 1e-4, **OPTIONS}
+    anypatch.tune(vit(), patch_size=8, output=tmp_path / "one", **options)
+    anypatch.tune(vit(), patch_size=(4, 8), output=tmp_path / "two", **options)
+    for tuned in ("one", "two"):
+        anypatch.save(anypatch.load(tmp_path / tuned, 16), tmp_path / f"{tuned} again")
+        for name in (tuned, f"{tuned} again"):
+            assert (tmp_path / name / "README.md").read_text().count("[TUNING.md](TUNING.md)") >= 1, name
+            assert "held-out" in (tmp_path / name / "TUNING.md").read_text()
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert card.index("| patch size | 4x4 | 8x8 |") < card.index("TUNING.md")
+    assert "tuned for patch 4x4, 8x8" in (tmp_path / "two" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_own_patch_size_alone_is_said_to_be_pointless(photos: Path) -> None:
+    options: dict[str, Any] = {"images": photos, "steps": 1, "learning_rate": 1e-4, **OPTIONS}
+    with pytest.warns(AnypatchWarning, match="patch size 4x4 is the model's own: nothing is lost there"):
+        result = anypatch.tune(vit(), patch_size=4, **options)
+    assert any("is the model's own" in note for note in result.notes)
+    assert result.rows[0]["fidelity_before"] == pytest.approx(1, abs=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AnypatchWarning)
+        anypatch.tune(vit(), patch_size=(4, 8), **options)
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from anypatch.core.geometry import Geometry, show
 from anypatch.core.history import Step
+from anypatch.files.atomic import replacing_file
 from anypatch.version import __version__
 
 CARD = "README.md"
 OWN = "README.anypatch.md"  # where the place of the card is taken, by the source's or by a user's
 SIGN = "<!-- written by anypatch -->"
+TUNING = "TUNING.md"  # how weights were tuned, written by tune; it comes along with the weights
+LINK = f"How its weights were tuned, and what that gained: [{TUNING}]({TUNING}).\n"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 EARLIER = "\n## Before that\n"
 MAX_CARD = 1 << 20  # bytes of a card that comes along; the longest on the hub take some hundred kilobytes
@@ -39,11 +42,23 @@ def card(
     beside = [] if folder is None else [_read(folder / CARD), _read(folder / OWN)]
     before = next((text for text in beside if text and SIGN in text), None)
     text = _text(library, version, kind, steps, source)
+    text += f"\n{LINK}" if folder is not None and (folder / TUNING).is_file() else ""
     if before is not None:
         text += EARLIER + before.partition(SIGN)[2].replace("\n# ", "\n### ", 1)
     there = _read(target / CARD)
     taken = own_card(source) is not None or (there is not None and SIGN not in there)
     return {OWN if taken else CARD: text}
+
+
+def link_tuning(folder: Path, title: str) -> None:
+    """The cards of ours in a folder name the one that says how the weights were tuned; there is one at least."""
+    if not (folder / CARD).exists():
+        _write(folder / CARD, f"{SIGN}\n# {title}\n")
+    for path in (folder / CARD, folder / OWN):
+        text = _read(path) or ""
+        if SIGN in text and LINK not in text:
+            now, earlier, rest = text.partition(EARLIER)
+            _write(path, f"{now}\n{LINK}{earlier}{rest}")
 
 
 def own_card(source: str | Path | None) -> Path | None:
@@ -54,9 +69,10 @@ def own_card(source: str | Path | None) -> Path | None:
 
 
 def beside(source: str | Path | None, target: Path) -> list[Path]:
-    """What a source says for people, which comes along: its card and its licences, unless ``target`` has its own."""
+    """What a source says for people, which comes along unless ``target`` has its own: its card, its licences, and how
+    its weights were tuned."""
     folder, card = _folder(source), own_card(source)
-    found = [] if folder is None else [path for pattern in LICENCES for path in sorted(folder.glob(pattern))]
+    found = [] if folder is None else [path for name in (*LICENCES, TUNING) for path in sorted(folder.glob(name))]
     found = [path for path in found if path.is_file() and path.stat().st_size <= MAX_CARD]
     there = _read(target / CARD)
     if card is not None and (there is None or SIGN in there):
@@ -72,6 +88,11 @@ def _folder(source: str | Path | None) -> Path | None:
         if path.is_dir():
             return path
     return None
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing_file(path) as file:
+        file.write(text.encode())
 
 
 def _read(path: Path) -> str | None:

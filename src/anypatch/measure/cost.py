@@ -32,7 +32,7 @@ class Cost:
     """What a forward pass of a batch costs, and the shapes of what it gives.
 
     Attributes:
-        tokens: that the transformer works on, prefix tokens included.
+        tokens: patches of an image; prefix tokens are not counted.
         gflops: of one image.
         peak_memory_mb: tensors alive at the worst moment of a batch, weights and input included.
         batch: images of the batch.
@@ -81,8 +81,7 @@ def measure_cost(reader: Reader, pixels: Tensor) -> Cost:
     shapes = {"pooled": features.pooled.shape[1:], "patches": features.patches.shape[1:]}
     if features.logits is not None:
         shapes["logits"] = features.logits.shape[1:]
-    tokens = reader.geometry.prefix_tokens + grid[0] * grid[1]
-    return Cost(tokens, gflops, peak / 1e6, len(pixels), {n: tuple(s) for n, s in shapes.items()})
+    return Cost(grid[0] * grid[1], gflops, peak / 1e6, len(pixels), {n: tuple(s) for n, s in shapes.items()})
 
 
 def take_turns(

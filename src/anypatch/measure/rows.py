@@ -43,7 +43,7 @@ class SweepResult(Measurements):
     In a notebook it shows itself as charts and a table.
 
     Examples:
-        >>> row = {"patch_size": 16, "image_size": 224, "tokens": 197, "gflops": 35.0, "images_per_second": 4.0}
+        >>> row = {"patch_size": 16, "image_size": 224, "tokens": 196, "gflops": 35.0, "images_per_second": 4.0}
         >>> SweepResult([row], row, {"model": "vit"})
         SweepResult(vit, 1 patch size: 16)
     """

@@ -103,7 +103,7 @@ def sweep(
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2)
         >>> result = sweep(vit, [16, 32], batch_size=1, progress=False)
         >>> [row["tokens"] for row in result.rows]
-        [197, 50]
+        [196, 49]
     """
     asked = Asked(patch_sizes, image_size, keep, kernel, positions, reference)
     options = Options(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from anypatch.report.measurements import COSTS, QUALITIES, Measurements
+from anypatch.report.measurements import COSTS, QUALITIES, Measurements, show
 from anypatch.report.page import points_of
+from anypatch.report.svg import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,12 @@ def figure(result: Measurements) -> Figure:
     if quality is None:
         axes = drawn.subplots()
         axes.plot([r["gflops"] for r in result.rows], [r["images_per_second"] for r in result.rows], "o-")
+        for r in result.rows:
+            place = (r["gflops"], r["images_per_second"])
+            axes.annotate(show(r["patch_size"]), place, (6, 6), textcoords="offset points")
         axes.set(xlabel=COSTS["gflops"], ylabel=COSTS["images_per_second"], xscale="log", yscale="log")
+        _few_ticks(axes, axes.xaxis)
+        _few_ticks(axes, axes.yaxis)
         return drawn
     for axes, cost in zip(drawn.subplots(1, 2), COSTS, strict=True):
         _curve(axes, result, cost, quality)
@@ -41,4 +47,17 @@ def _curve(axes: Any, result: Measurements, cost: str, quality: str) -> None:
     if cost == "images_per_second":
         axes.invert_xaxis()
     axes.grid(alpha=0.25)
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.12)  # for the label of the last point
+    _few_ticks(axes, axes.xaxis)
+
+
+def _few_ticks(axes: Any, axis: Any) -> None:
+    """Round numbers that leave each other room; matplotlib names every small tick of a range below a decade."""
+    from matplotlib.ticker import NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    if low == high:
+        low, high = low / 2, high * 2
+    axis.set_ticks(log_ticks(low, high))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())

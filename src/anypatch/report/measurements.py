@@ -60,7 +60,9 @@ class Column(NamedTuple):
 COLUMNS = {
     "patch_size": Column("patch", "Patch size in pixels."),
     "image_size": Column("image", "Image size in pixels."),
-    "tokens": Column("tokens", "Tokens that the transformer works on, class and register tokens included."),
+    "tokens": Column(
+        "tokens", "Patches of an image: the grid's height times its width. Prefix tokens are not counted."
+    ),
     "gflops": Column("GFLOPs", "Floating-point operations of one image's forward pass; a multiply-add is two."),
     "images_per_second": Column(
         "images/s",

@@ -77,7 +77,7 @@ def curve(points: Sequence[Point], x_name: str, y_name: str, summary: str, backw
         summary=summary,
         x_name=f"← {x_name}" if backwards else f"{x_name} →",
         y_name=y_name,
-        x_ticks=[(f"{tick:g}", scale.across(tick)) for tick in _log_ticks(x_low, x_high)],
+        x_ticks=[(f"{tick:g}", scale.across(tick)) for tick in log_ticks(x_low, x_high)],
         y_ticks=[(f"{tick:.3g}", scale.up(tick)) for tick in y_ticks],
         front=[(scale.across(p.x), scale.up(p.y)) for p in front] if len(front) > 1 else [],
         points=[_placed(p, scale, taken) for p in sorted(points, key=lambda p: (p.native, p.x))],
@@ -108,15 +108,21 @@ def _widened(values: Sequence[float]) -> tuple[float, float]:
     return low / room, high * room
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers, at most six of them."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two bounds of a logarithmic axis, at most six of them and two where there are any.
+
+    >>> log_ticks(3.0, 400.0), log_ticks(10.1, 13.9)
+    ([5.0, 10.0, 20.0, 50.0, 100.0, 200.0], [11.0, 12.0, 13.0])
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
         if len(found) <= 6:
-            return found
-    return found[:: math.ceil(len(found) / 6)]
+            break
+    found = found[:: math.ceil(len(found) / 6)] if found else []
+    # a narrow range, of two sizes or of close ones, may hold one power's number or none
+    return found if len(found) > 1 else [tick for tick in _linear_ticks(low, high) if low <= tick <= high]
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:

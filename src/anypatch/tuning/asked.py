@@ -92,6 +92,15 @@ class Asked:
             found[size] = target
         return found
 
+    def pointless(self, native: Geometry) -> list[str]:
+        """A note where there is nothing to win back, as the model's own patch size is the only one."""
+        if self.sizes(native) != (native.patch_size,):
+            return []
+        return [
+            f"patch size {show(native.patch_size)} is the model's own: nothing is lost there that could be won back; "
+            f"name another, or several"
+        ]
+
     def key(self) -> dict[str, Any]:
         """What a resumed run has to agree on."""
         names = ("patch_size", "image_size", "keep", "kernel", "positions", "steps", "minutes", "learning_rate", "lora",

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Row = dict[str, Any]
-CARD = "# How these weights were made"  # begins a card, and tells ours from the user's own
 TITLES = {
     "patch_size": "patch size",
     "image_size": "image size",
-    "tokens": "patches",
+    "tokens": "tokens",
     "fidelity_before": "fidelity, before",
     "fidelity_after": "fidelity, after",
     "patch_fidelity_before": "patch fidelity, before",
@@ -175,7 +174,7 @@ class TuneResult:
 
     def card(self) -> str:
         """How the model was made, in Markdown, for the folder that it is saved in."""
-        lines = [CARD, "", self.says, "", "| " + " | ".join(self.titles.values()) + " |"]
+        lines = ["# How these weights were made", "", self.says, "", "| " + " | ".join(self.titles.values()) + " |"]
         lines += ["|" + "---|" * len(self.titles)]
         lines += ["| " + " | ".join(_shown(row[name]) for name in self.titles) + " |" for row in self.rows]
         facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in self.settings.items() if value is not None]

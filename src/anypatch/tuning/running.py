@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from anypatch.core.geometry import Geometry, ImageSizeLike, Keep, Size, SizeLike
 from anypatch.core.shells import copied
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
-from anypatch.errors import DataError, GeometryError, UnsupportedModelError
+from anypatch.errors import AnypatchWarning, DataError, GeometryError, UnsupportedModelError
 from anypatch.files.atomic import replacing_file
 from anypatch.files.paths import given
+from anypatch.hosts.cards import TUNING, link_tuning
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.loading import load_model
 from anypatch.measure.preprocess import preprocess_of
@@ -38,7 +40,7 @@ from anypatch.tuning.data import Feed, Split, held_out_pixels, left_out, split
 from anypatch.tuning.distance import Fidelity, face
 from anypatch.tuning.labels import accuracy, missing
 from anypatch.tuning.learning_rate import first_rate, found_rate
-from anypatch.tuning.result import CARD, TuneResult
+from anypatch.tuning.result import TuneResult
 from anypatch.tuning.training import Pair, Trainer, digest
 from anypatch.tuning.weights import kept
 
@@ -133,6 +135,8 @@ def tune(
     user = source if isinstance(source, nn.Module) else load_model(source, host_kwargs.pop("arch", None), host_kwargs)
     subject = describe(user)
     targets = asked.targets(subject)
+    for note in asked.pointless(subject.geometry) if team.leads else ():
+        warnings.warn(note, AnypatchWarning, stacklevel=2)
     used = preprocess or preprocess_of(subject, source if isinstance(source, str) else None)
     opened = team.lead(lambda: split(images, seed, len(targets)))
     workers = decoding_workers(num_workers, team.size)
@@ -169,7 +173,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.native = self.subject.geometry
-        self.notes = [*self.opened.notes, *([self.preprocess.note] if self.preprocess.note else [])]
+        self.notes = [
+            *self.asked.pointless(self.native),
+            *self.opened.notes,
+            *([self.preprocess.note] if self.preprocess.note else []),
+        ]
         self.precision = self.asked.precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
     def result(self) -> TuneResult:
@@ -344,14 +352,14 @@ class Run:
 
 
 def _write(result: TuneResult, output: Path) -> None:
-    """The model in its library's format, the card, the report; the state goes."""
+    """The model in its library's format, the cards, the report; the state goes."""
     from anypatch.sources import save
 
     save(result.model, output)
-    readme = output / "README.md"
-    ours = not readme.exists() or readme.read_bytes().startswith(CARD.encode())
-    with replacing_file(readme if ours else output / "TUNING.md") as file:
+    with replacing_file(output / TUNING) as file:
         file.write(result.card().encode())
+    patches = ", ".join(row["patch_size"] for row in result.rows)
+    link_tuning(output, f"{result.settings['model']}, tuned for patch {patches}")
     result.save(output)
     Checkpoint(output, {}).remove()
 
