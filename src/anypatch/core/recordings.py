@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dataclasses
 import dis
 import functools
 import itertools
@@ -28,7 +29,11 @@ NOISE = ("CACHE", "RESUME", "PUSH_NULL", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE
 CONTAINERS = (dict, list, tuple, set, deque)
 DEPTH = 3  # of containers in what is recorded: a list for each layer in a dictionary by name
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
-CALLED = (len, int, float, range, tuple, list, isinstance, min, max, sum, round, abs, zip, enumerate)
+CALLED = (
+    *(len, int, float, range, tuple, list, isinstance, min, max, sum, round, abs, zip, enumerate, type, dict, bool),
+    *(getattr, hasattr, sorted, reversed, slice, any, all, str, AssertionError, ValueError, RuntimeError),
+)
+MAKING = ("CALL", "BUILD_", "DICT_", "LIST_")  # instructions whose result a function has made
 SET, FILLED = "set", "filled"
 ENDS = ("POP_JUMP", "JUMP", "STORE_", "POP_TOP", "RETURN")  # of a statement
 _SIZED: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
@@ -117,28 +122,86 @@ def written_by(hook: Any) -> dict[str, str]:
 
 
 def is_pure(hook: Any) -> bool:
-    """Whether a hook is a function that leaves nothing behind: it writes nothing and calls nothing but torch.
+    """Whether a hook is a function that leaves nothing behind: it writes into nothing but what it is given or makes,
+    and calls nothing but torch, records of results and functions like itself.
 
     Examples:
         >>> is_pure(lambda module, inputs: (inputs[0] * 2,)), is_pure(lambda *inputs: print(inputs))
         (True, False)
     """
     hook = hook.__func__ if isinstance(hook, types.MethodType) and isinstance(hook.__self__, nn.Module) else hook
-    return isinstance(hook, types.FunctionType) and _is_pure(hook.__code__, hook.__globals__)
+    if not isinstance(hook, types.FunctionType):
+        return False
+    defaults = len(hook.__defaults__ or ()) + len(hook.__kwdefaults__ or ())
+    return _is_pure(hook.__code__, hook.__globals__, () if defaults else _arguments(hook.__code__))
 
 
-def _is_pure(code: types.CodeType, names: dict[str, Any]) -> bool:
-    for step in dis.get_instructions(code):
-        if step.opname.startswith(("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_")):
+def called_by(hook: types.FunctionType, depth: int = 0) -> Iterator[types.CodeType]:
+    """The code of a function that is pure, and of those of the user's that it calls."""
+    yield hook.__code__
+    for name in hook.__code__.co_names:
+        found = hook.__globals__.get(name)
+        if isinstance(found, types.FunctionType) and depth < DEPTH and not _is_of_torch(found):
+            yield from called_by(found, depth + 1)
+
+
+def _arguments(code: types.CodeType) -> tuple[str, ...]:
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _is_pure(code: types.CodeType, names: dict[str, Any], given: tuple[str, ...] = (), depth: int = 0) -> bool:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in NOISE]
+    own = _own_values(steps, given)
+    for i, step in enumerate(steps):
+        if step.opname.startswith(("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL", "DELETE_ATTR")):
             return False
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in FILLING:
+        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") and not (
+            i > 1 and steps[i - 1].opname.startswith(("LOAD_CONST", "LOAD_SMALL")) and _loaded(steps[i - 2]) in own
+        ):
             return False
-        if step.opname == "LOAD_GLOBAL":
-            found = names.get(step.argval, getattr(builtins, step.argval, None))
-            module = getattr(found, "__module__", None) if not isinstance(found, types.ModuleType) else found.__name__
-            if found not in CALLED and str(module).partition(".")[0] not in ("torch", "math"):
-                return False
-    return all(_is_pure(constant, names) for constant in code.co_consts if isinstance(constant, types.CodeType))
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in FILLING and _loaded(steps[i - 1]) not in own:
+            return False
+        if step.opname == "LOAD_GLOBAL" and not _is_harmless(
+            names.get(step.argval, getattr(builtins, step.argval, None)), depth
+        ):
+            return False
+    return all(
+        _is_pure(constant, names, (), depth) for constant in code.co_consts if isinstance(constant, types.CodeType)
+    )
+
+
+def _own_values(steps: list[dis.Instruction], given: tuple[str, ...]) -> set[str]:
+    """Variables that hold what a function was given, or has made itself."""
+    stored: dict[str, list[bool]] = {}
+    for before, step in itertools.pairwise(steps):
+        if step.opname == "STORE_FAST":
+            stored.setdefault(step.argval, []).append(before.opname.startswith(MAKING))
+    return {name for name in {*given, *stored} if all(stored.get(name, ()))}
+
+
+def _loaded(step: dis.Instruction) -> str:
+    """The variable that an instruction loads last."""
+    if not step.opname.startswith("LOAD_FAST"):
+        return ""
+    return str(step.argval[-1] if isinstance(step.argval, tuple) else step.argval)
+
+
+def _is_of_torch(found: Any) -> bool:
+    module = getattr(found, "__module__", None) if not isinstance(found, types.ModuleType) else found.__name__
+    return str(module).partition(".")[0] in ("torch", "math", "einops")
+
+
+def _is_harmless(found: Any, depth: int) -> bool:
+    """Whether a global may be called: of torch, a record, or a function that leaves nothing behind either."""
+    if found in CALLED or _is_of_torch(found):
+        return True
+    if isinstance(found, type):
+        return dataclasses.is_dataclass(found) or issubclass(found, (dict, tuple))
+    return (
+        isinstance(found, types.FunctionType)
+        and depth < DEPTH
+        and _is_pure(found.__code__, found.__globals__, (), depth + 1)
+    )
 
 
 def left_behind(module: nn.Module) -> set[str]:

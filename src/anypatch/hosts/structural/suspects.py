@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anypatch.core.geometry import Geometry
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
-from anypatch.core.recordings import is_pure
+from anypatch.core.recordings import called_by, is_pure
 from anypatch.core.rehearsal import RUN
 from anypatch.core.steps import SetAttribute
 from anypatch.hosts.structural.following import TELLING, counts, kinds
@@ -34,7 +34,7 @@ def suspects(plan: Plan) -> Iterator[tuple[str, str]]:
     numbers = _numbers(plan.subject.geometry, plan.target)
     for path, module in plan.subject.model.named_modules():
         for hook in (hook for name in RUN for hook in getattr(module, name).values() if is_pure(hook)):
-            for number in _constants(hook.__code__, numbers):
+            for number in (number for code in called_by(hook) for number in _constants(code, numbers)):
                 yield f"the number {number} in a hook of {path or type(module).__name__}", ""
     changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
     classes: set[type] = set()

@@ -105,6 +105,12 @@ def _entry(vision: Vision, model: nn.Module) -> Any:
     return model.forward
 
 
+def _called(entry: Any) -> Any:
+    """A module in the place of its ``forward``, so that its hooks are run."""
+    owner = getattr(entry, "__self__", None)
+    return owner if isinstance(owner, nn.Module) and entry == owner.forward else entry
+
+
 def _parameters(function: Any) -> dict[str, Any]:
     signature = inspect.signature(inspect.unwrap(function))
     return {n: p for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"}
@@ -139,7 +145,7 @@ def _images(vision: Vision, tokens: int, model: nn.Module, pixels: Tensor) -> An
         pixels = pixels[:, None, None].expand(-1, 1, tiles, -1, -1, -1)
         given["aspect_ratio_ids"] = torch.ones(count, 1, dtype=torch.long)
         given["aspect_ratio_mask"] = torch.ones(count, 1, tiles, dtype=torch.long)
-    return _without_loss(entry(**{name: pixels}, **given, **_hidden_states(model)))
+    return _without_loss(_called(entry)(**{name: pixels}, **given, **_hidden_states(model)))
 
 
 def _with_sizes(vision: Vision, entry: Any, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -202,7 +208,7 @@ def _patches(vision: Vision, patch: Size, order: str, model: nn.Module, pixels: 
     elif set(names) & {"spatial_shapes", "image_position_ids", "pixel_position_ids"} or known.bare:
         flat = flat[None]
     values = _grid_values(height, width, merge, at)
-    return _without_loss(entry(**{name: flat}, **{n: values[n] for n in names if n in values}))
+    return _without_loss(_called(entry)(**{name: flat}, **{n: values[n] for n in names if n in values}))
 
 
 def _grid_values(height: int, width: int, merge: int, at: Tensor) -> dict[str, Tensor]:
@@ -251,7 +257,7 @@ def _video(vision: Vision, model: nn.Module, pixels: Tensor) -> Any:
     entry = _entry(vision, model)
     if "bool_masked_pos" not in _parameters(entry) or "ForPreTraining" not in type(model).__name__:
         name = next((n for n in _parameters(entry) if n.startswith("pixel_values")), "pixel_values")
-        return entry(**{name: pixels})
+        return _called(entry)(**{name: pixels})
     patch, image = sizes(vision.config)
     assert image is not None
     tokens = math.prod(i // p for i, p in zip(image, patch, strict=True))
