@@ -76,6 +76,21 @@ class Reshaped:
     site: Site
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """A sum over an axis, scaled by a number.
+
+    Attributes:
+        length: of the axis.
+        number: what the sum was divided by.
+        site: where.
+    """
+
+    length: int
+    number: float
+    site: Site
+
+
 class Trace:
     """What one forward pass shows.
 
@@ -86,6 +101,7 @@ class Trace:
     Attributes:
         joined: lengths, along the axis, of whatever was put together.
         cuts, windows, reshaped: how tensors that depend on the image were taken apart.
+        averaged: how sums of them were scaled.
         used: of the doubtful, by their places, those that anything was computed with.
         placed: likewise, those of which a part was taken by its place, and not by what the image shows there.
     """
@@ -95,6 +111,10 @@ class Trace:
         self.cuts: list[Cut] = []
         self.windows: list[Windows] = []
         self.reshaped: list[Reshaped] = []
+        self.averaged: list[Averaged] = []
+        self._sums: dict[
+            int, int
+        ] = {}  # of tensors that are held in _seen: lengths of the axes that they are sums over
         self.used: set[int] = set()
         self.placed: set[int] = set()
         self._doubtful = {id(t): (place, size, t) for place, (t, size) in enumerate(doubtful) if t is not None}
@@ -119,6 +139,8 @@ class Trace:
             self._cut(first, *_bounds(args))
         if first is not None and id(first) in self._seen:
             self._taken(name, args, kwargs, first, result)
+        if name == "sum" and seen and isinstance(result, Tensor) and result.numel():
+            self._sums[id(result)] = first.numel() // result.numel() if first is not None else 0
         for tensor in tensors_in(result):
             if seen and not name.endswith(SHAPED_ALIKE):
                 self._seen[id(tensor)] = tensor
@@ -154,10 +176,30 @@ class Trace:
                 if places is not None and places.ndim == 1:
                     kept = len(places)
                     self.cuts.append(Cut((name, kept), kept, 0, shape[axis] - kept, _site()))
+        elif name == "select":
+            length, at = shape[args[1]], args[2]
+            self.cuts.append(Cut((name, at), 1, at % length, length - 1 - at % length, _site()))
         elif name in ("view", "_unsafe_view", "reshape"):
             self.reshaped.append(Reshaped(shape, tuple(result.shape), _site()))
+        elif name in ("split", "slice") and (parted := _parted(name, args, kwargs, shape)) is not None:
+            self.reshaped.append(Reshaped(shape, parted, _site()))
+        elif name in ("div", "mul") and id(first) in self._sums and isinstance(args[1], (int, float)) and args[1]:
+            number = args[1] if name == "div" else 1 / args[1]
+            self.averaged.append(Averaged(self._sums[id(first)], number, _site()))
         else:
             self.windows += [Windows(size, sides, _site()) for size, sides in _windows(name, args, kwargs, shape)]
+
+
+def _parted(name: str, args: Any, kwargs: dict[str, Any], shape: Size) -> Size | None:
+    """A shape in which an axis is two, as splitting it into equal parts and taking every so many make it."""
+    if name == "split":
+        axis, size = args[2] if len(args) > 2 else kwargs.get("dim", 0), args[1]
+    else:
+        axis, size = args[1] if len(args) > 1 else 0, args[4] if len(args) > 4 else 1
+    if not isinstance(size, int) or size < 2:
+        return None
+    axis %= len(shape)
+    return (*shape[:axis], -(-shape[axis] // size), size, *shape[axis + 1 :])
 
 
 def _bounds(args: tuple[Any, ...]) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,15 @@ WRITTEN: dict[str, tuple[Use, str]] = {
     "row by row": (lambda s, x, t: sum(t[:, 4 * i + 1 : 4 * i + 5].mean(1) for i in range(4)), SIXTEEN),
     "a few channels": (lambda s, x, t: t[:, 1:, :16].mT.reshape(len(t), -1, 4, 4).mean((1, 2)), "on the grid of 4x4"),
     "the grid": (lambda s, x, t: t[:, 1:].mT.reshape(len(t), -1, 4, 4).mean((1, 2)), r"on the grid of 4x4"),
+    "token by token": (lambda s, x, t: sum(t[:, i] for i in range(17)), "takes 17 of 37, where"),
+    "the last by its place": (lambda s, x, t: t[:, 16], "takes place 16 of 37, where it takes the last now"),
+    "a column": (lambda s, x, t: t[:, 1:][:, ::4].mean(1), r"as \(2, 9, 4, 48\), which is no grid"),
+    "parts as long as a row": (lambda s, x, t: sum(row.amax(1) for row in t[:, 1:].split(4, 1)), "is no grid of them"),
+    "as many parts as rows": (lambda s, x, t: sum(row.amax(1) for row in t[:, 1:].chunk(4, 1)), "is no grid of them"),
+    "one side of the grid": (lambda s, x, t: t[:, 1:].unflatten(1, (4, -1)).amax(1).mean(1), "is no grid of them"),
+    "a mean": (lambda s, x, t: t.sum(1) / 17, "divides a sum over 37 by 17"),
+    "a mean by its factor": (lambda s, x, t: t[:, 1:].sum(1) * (1 / 16), "divides a sum over 36 by 16"),
+    "a window over all": (lambda s, x, t: F.avg_pool1d(t[:, 1:].mT, 16).amax(2), "windows of 1x16, which are all"),
     "a crop of the image": (lambda s, x, t: t.mean() + x[..., :64, :64].mean(), "takes 64 of 96, where"),
 }  # fmt: skip
 WINDOWS: dict[str, Use] = {
@@ -114,6 +124,13 @@ WINDOWS: dict[str, Use] = {
 def test_a_written_number_of_tokens_is_refused_where_it_is_no_longer_all(written: str, kind: str) -> None:
     use, match = WRITTEN[written]
     refused(KINDS[kind](use), match, image_size=96)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_tokens_are_refused_where_none_is_left_for_some(kind: str) -> None:
+    refused(
+        KINDS[kind](WRITTEN["row by row"][0]), "takes parts of 17, of which some would be empty of 5", patch_size=32
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,6 +163,13 @@ def _in_rounds(s: Any, x: Tensor, t: Tensor) -> Tensor:
 
 
 STAYS: dict[str, Use] = {
+    "a mean by hand": lambda s, x, t: t.sum(1) / t.shape[1],
+    "a sum that is scaled": lambda s, x, t: t.sum(1) / 100,
+    "a mean of as many channels": lambda s, x, t: t[..., :16].sum(2).mean(1, keepdim=True) / 16,
+    "token by token": lambda s, x, t: sum(t[:, i] for i in range(t.shape[1])),
+    "two by their places": lambda s, x, t: t[:, 0] + t[:, -1],
+    "row by row": lambda s, x, t: sum(row.amax(1) for row in t[:, 1:].split(math.isqrt(t.shape[1]), 1)),
+    "every other": lambda s, x, t: t[:, 1::2].mean(1),
     "as many as a row": lambda s, x, t: t[:, :4].mean(1) + t[:, torch.arange(4)].mean(1) + t.narrow(1, 1, 4).mean(1),
     "those of most weight": lambda s, x, t: _most(t[:, 1:], 4).mean(1),
     "in rounds": _in_rounds,

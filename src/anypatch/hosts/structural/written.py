@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from anypatch.core.geometry import Geometry, Size, show
-from anypatch.core.traces import Cut, Reshaped, Site, Trace, Windows
+from anypatch.core.traces import Averaged, Cut, Reshaped, Site, Trace, Windows
 from anypatch.hosts.structural.following import TELLING, counts
 
 # Packages whose code speaks for itself: their hosts' twins do.
 KNOWN = {"torch", "peft", "timm", "transformers", "open_clip", "torchvision", "diffusers", "accelerate"}
-Shown = TypeVar("Shown", Cut, Windows, Reshaped)
+Shown = TypeVar("Shown", Cut, Windows, Reshaped, Averaged)
 
 
 def written_number(before: Trace, after: Trace, old: Geometry, new: Geometry) -> str | None:
@@ -23,6 +23,7 @@ def written_number(before: Trace, after: Trace, old: Geometry, new: Geometry) ->
         _cuts(_own(before.cuts), _own(after.cuts), old, new),
         _windows(_own(before.windows), _own(after.windows), old, new),
         _layouts(_own(before.reshaped), _own(after.reshaped), old, new),
+        _averages(_own(before.averaged), _own(after.averaged), old, new),
     )
     return next(found, None)
 
@@ -41,6 +42,10 @@ def _cuts(before: list[Cut], after: list[Cut], old: Geometry, new: Geometry) -> 
             was, now = _taken(same, present), _taken(cuts, length)
             if _is_all(was, present, length, old, new) and (was.before, was.after) != (now.before, now.after):
                 yield _told(site, f"takes {now.kept} of {length}, where it takes all now")
+            elif _is_all(was, present, length, old, new) and _are_gone(same, cuts):
+                yield _told(site, f"takes parts of {present}, of which some would be empty of {length}")
+            elif _is_last(same, present, old) and (now.kept, now.after) != (1, 0):
+                yield _told(site, f"takes place {was.before} of {length}, where it takes the last now")
 
 
 def _by_axis(cuts: Iterable[Cut]) -> dict[tuple[Site, int], list[Cut]]:
@@ -71,14 +76,45 @@ def _is_all(was: Cut, length: int, following: int, old: Geometry, new: Geometry)
     return any(was.kept == a and (left == 0 or following - length == b - a) for a, b in pairs)
 
 
+def _are_gone(before: list[Cut], after: list[Cut]) -> bool:
+    """Whether nothing is left of some of the parts that were taken; the last of them may be shorter."""
+    kept = {cut.asked: cut.kept for cut in before}
+    return any(cut.kept == 0 < kept.get(cut.asked, 0) for cut in after)
+
+
+def _is_last(cuts: list[Cut], length: int, old: Geometry) -> bool:
+    """Whether the last token was taken by its number."""
+    asked = {cut.asked for cut in cuts}
+    return asked == {("select", length - 1)} and length in counts(old) and length > TELLING**2
+
+
+def _averages(before: list[Averaged], after: list[Averaged], old: Geometry, new: Geometry) -> Iterator[str]:
+    """A sum over all tokens was divided by their number, and would be by the same."""
+    numbers = {(each.site, each.number) for each in before if _is_mean(each, old)}
+    for each in after:
+        if (each.site, each.number) in numbers and each.length in counts(new) and not _is_mean(each, new):
+            yield _told(each.site, f"divides a sum over {each.length} by {each.number:g}")
+
+
+def _is_mean(averaged: Averaged, geometry: Geometry) -> bool:
+    return averaged.length in counts(geometry) and math.isclose(averaged.length, averaged.number, rel_tol=1e-6)
+
+
 def _windows(before: list[Windows], after: list[Windows], old: Geometry, new: Geometry) -> Iterator[str]:
     """The image was cut into windows of the present patch, and is still."""
     for windows in after:
         size = windows.size
+        whole = any(b.site == windows.site and b.size == b.sides == size for b in before)
+        if whole and windows.sides != size and _are_tokens(size, old) and _are_tokens(windows.sides, new):
+            yield _told(windows.site, f"takes windows of {show(size)}, which are all of it now")
         if not _is_patch(size, windows.sides, old, new, new) or min(size) < TELLING:
             continue
         if any(b.site == windows.site and b.size == size and _is_patch(size, b.sides, old, new, old) for b in before):
             yield _told(windows.site, f"cuts the image into windows of {show(size)}")
+
+
+def _are_tokens(sides: Size, geometry: Geometry) -> bool:
+    return math.prod(sides) in counts(geometry) and math.prod(sides) > TELLING**2
 
 
 def _is_patch(size: Size, sides: Size, old: Geometry, new: Geometry, at: Geometry) -> bool:
@@ -95,12 +131,15 @@ def _layouts(before: list[Reshaped], after: list[Reshaped], old: Geometry, new: 
     """Tokens were laid out on the present grid, the image into the present patches, and are still."""
     if old.grid is None or new.grid is None or old.image_size is None or new.image_size is None:
         return
-    sites = {r.site for r in before if _lays_out(r, old, old) or _patchifies(r, old, old)}
+    laid = {r.site for r in before if _lays_out(r, old, old)}
+    sites = laid | {r.site for r in before if _patchifies(r, old, old)}
     for reshaped in after:
         if reshaped.site not in sites:
             continue
         if old.grid[-2:] != new.grid[-2:] and _lays_out(reshaped, old, new):
             yield _told(reshaped.site, f"lays {reshaped.before} out on the grid of {show(old.grid[-2:])}")
+        elif old.grid[-2:] != new.grid[-2:] and reshaped.site in laid and _keeps_side(reshaped, old, new):
+            yield _told(reshaped.site, f"lays {reshaped.before} out as {reshaped.after}, which is no grid of them")
         if old.patch_size[-2:] != new.patch_size[-2:] and _patchifies(reshaped, old, new):
             yield _told(reshaped.site, f"cuts the image into patches of {show(old.patch_size[-2:])}")
 
@@ -118,6 +157,17 @@ def _lays_out(reshaped: Reshaped, grid: Geometry, at: Geometry) -> bool:
         return False
     kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
     return _count(sides, after[kept:]) > _count(sides, before[kept:])
+
+
+def _keeps_side(reshaped: Reshaped, old: Geometry, new: Geometry) -> bool:
+    """Whether an axis of all tokens becomes two, of which one is as long as a side of the present grid alone."""
+    (h, w), sides = (old.grid or ())[-2:], (new.grid or ())[-2:]
+    before, after, tokens = reshaped.before, reshaped.after, counts(new)[0]
+    starts = {math.prod(before[:i]) for i, length in enumerate(before) if length == tokens}
+    for i, (a, b) in enumerate(itertools.pairwise(after)):
+        if math.prod(after[:i]) in starts and (a - 1) * b < tokens <= a * b and (a, b) != sides:
+            return (a == h and a != sides[0]) or (b == w and b != sides[1])
+    return False
 
 
 def _count(sides: Size, shape: Size) -> int:
