@@ -86,7 +86,7 @@ def convert(
     if os.path.lexists(target) and not target.exists():
         raise CheckpointError(f"{target} is a link to nothing: name another target")
     if not source.exists():
-        raise CheckpointError(f"{source} does not exist")
+        raise CheckpointError(f"{source} does not exist{_named(str(source))}")
     ask = {
         "patch_size": patch_size,
         "image_size": image_size,
@@ -101,6 +101,13 @@ def convert(
         if arch is not None or prefix is not None:
             raise CheckpointError(f"{source} says itself what it is: leave out arch and prefix")
         _convert_directory(source, target, ask, link)
+
+
+def _named(source: str) -> str:
+    """What to do with a source that other verbs take: the name of a model in a library."""
+    if hosts.by_prefix(source.partition(":")[0]) is None:
+        return ""
+    return ": convert takes a file or a directory; a model with a name is loaded, adapted and saved (anypatch adapt)"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from anypatch.core.ambient import undisturbed
 from anypatch.core.display import facts_table
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show
 from anypatch.core.kernels import Pi, resize_matrix
+from anypatch.core.limits import require_room
 from anypatch.core.modes import on_its_own
 from anypatch.core.outputs import named_tensors, ungrown
 from anypatch.core.placement import require_values
@@ -378,6 +379,8 @@ def _blank(pixels: Tensor, patch: Size, target: Size, padding: int) -> None:
 
 def enlarge(pixels: Tensor, patch: Size, target: Size, method: Pi) -> Tensor:
     """Enlarge every patch on its own: ``(..., grid * patch) -> (..., grid * target)`` on each spatial axis."""
+    grown = pixels.nbytes * math.prod(target) // math.prod(patch)
+    require_room(grown, f"the image of the proof, of patches of {show(target)},")
     for offset, (old, new) in enumerate(zip(patch, target, strict=True)):
         axis = pixels.ndim - len(target) + offset
         if old == new:

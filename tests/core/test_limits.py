@@ -47,6 +47,19 @@ def test_the_bound_may_be_raised_and_lowered() -> None:
     assert seen == [DEFAULT]  # another thread's work is not bounded by it
 
 
+def test_weights_and_the_image_of_a_proof_are_bounded_before_they_are_made() -> None:
+    """A patch of 5000 for one of 50 took the machine's memory, kernel by kernel and pixel by pixel."""
+    model = timm.create_model("test_vit")  # 64 channels, 10 x 10 patches of 16
+    before = _taken()
+    with pytest.raises(LimitError, match=r"weights at patch 5000x5000 would take 19\.2 GB more, and 4\.3 GB are"):
+        anypatch.adapt(model, 5000, keep="grid")
+    with pytest.raises(LimitError, match=r"image of the proof, of patches of 2000x2000, would take 9\.6 GB more"):
+        anypatch.check(timm.create_model("test_vit", img_size=160, in_chans=3, embed_dim=8, num_heads=1), 2000)
+    assert _taken() - before < 1 << 30
+    with anypatch.memory_limit(64 * 3 * 4 * (32 * 32 - 16 * 16) + 1):
+        anypatch.adapt(model, 32, keep="grid")
+
+
 def _holding(*buffers: torch.Tensor) -> nn.Module:
     module = nn.Module()
     for index, buffer in enumerate(buffers):

@@ -546,7 +546,7 @@ def test_accelerate_launches_it(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"patch_size": 32}, GeometryError, "leaves 1 tokens of 32x32"),
+        ({"patch_size": 32}, GeometryError, "leaves 1 token of 32x32"),
         ({"patch_size": 7}, GeometryError, "does not divide"),
         ({"patch_size": ()}, GeometryError, "names no size"),
         ({"images": "nowhere"}, DataError, "no such folder"),

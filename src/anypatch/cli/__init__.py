@@ -7,7 +7,9 @@ on one line.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 import sys
 from typing import Annotated
 
@@ -97,10 +99,21 @@ def _words(error: Exception, arguments: list[str]) -> str:
         return as_typed(str(error))
     if hasattr(error, "format_message"):  # typer's own, about the command line
         command = next((a for a in arguments if a in {c.callback.__name__ for c in app.registered_commands}), "")  # type: ignore[union-attr]
-        return f"{error.format_message()} (see {' '.join(filter(None, ('anypatch', command, '--help')))})"
+        said = _plainly(error.format_message(), error, arguments)
+        return f"{said} (see {' '.join(filter(None, ('anypatch', command, '--help')))})"
     if isinstance(error, MemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _plainly(said: str, error: Exception, arguments: list[str]) -> str:
+    """typer's message without the words of its parser, and with what was typed where those leave it out."""
+    said = said.replace(": Value error, ", ": ")
+    cut = re.sub(r"Input should be a valid (\w+).*", r"must be an \1", said).replace("an float", "a number")
+    options = set(getattr(getattr(error, "param", None), "opts", None) or ())
+    typed = [b for a, b in itertools.pairwise(arguments) if a in options]
+    typed += [a.partition("=")[2] for a in arguments if a.partition("=")[0] in options and "=" in a]
+    return f"{cut}, got {typed[-1]!r}" if cut != said and typed else said
 
 
 def _failed(message: str) -> int:

@@ -13,6 +13,11 @@ OPTIONS = (
     *("minutes", "steps", "learning_rate", "lora", "seed", "precision", "resume", "link"),
 )
 PASSED = ("img_size", "num_classes", "pretrained", "trust_remote_code")
+SAID = {
+    "an int of at least": "a whole number of at least",
+    "an int or a (height, width) pair": "a number of pixels, or HEIGHTxWIDTH",
+    "anypatch.memory_limit(BYTES) or ANYPATCH_MEMORY_LIMIT": "the environment variable ANYPATCH_MEMORY_LIMIT=BYTES",
+}
 NAMES = "|".join(OPTIONS)
 TWO_WORDS = "|".join(name for name in OPTIONS if "_" in name)
 BEFORE, AFTER = r"(?<![\w.'\"`/-])(?<!json: )", r"(?![\w'\"`.(\[]|: )"  # no part of a path, of another name, of a field
@@ -30,11 +35,14 @@ def as_typed(message: str) -> str:
     """
     text = re.sub(rf"{BEFORE}({NAMES})=(?:\"([^\"]*)\"|'([^']*)'|{PAIR}|([\w.-]*\w)?)", _given, message)
     text = re.sub(rf"{BEFORE}({'|'.join(PASSED)})=(\([\w, ]+\)|[\w.-]*\w)", _passed, text)
-    text = text.replace("an int or a (height, width) pair", "a number of pixels, or HEIGHTxWIDTH")
+    for of_python, typed in SAID.items():
+        text = text.replace(of_python, typed)
     text = re.sub(
         rf"(\b(?:pass|give|without|leave out|needs|use an?|use|or|take)\s)({TWO_WORDS}) ({SIZE})", _asked, text
     )
-    text = re.sub(rf"(\b(?:pass|without|leave out|needs|give)\s)({NAMES})\b(?: (and|or) ({NAMES})\b)?", _advised, text)
+    text = re.sub(
+        rf"(\b(?:pass|without|leave out|needs|give|give either)\s)({NAMES})\b(?: (and|or) ({NAMES})\b)?", _advised, text
+    )
     text = re.sub(rf"^({NAMES})(?= (?:must|needs|takes|are|is|names)\b)", lambda m: _flag(m[1]), text)
     text = re.sub(rf"{BEFORE}({TWO_WORDS}){AFTER}", lambda m: m[1].replace("_", " "), text)
     return re.sub(rf"\bgot {PAIR}", lambda m: f"got {_sides(m[1])}", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from anypatch.cli.models import load_source
 from anypatch.cli.stderr import working
 from anypatch.cli.targets import nothing_empty_left, require_format, require_target
 from anypatch.core.geometry import Geometry, Keep, parse_image_size, parse_size, show, target_geometry
-from anypatch.errors import GeometryError
+from anypatch.errors import AnypatchWarning, GeometryError
 from anypatch.files.paths import place
 
 
@@ -53,6 +54,8 @@ def adapt(
     with working("adapting", quiet):
         adapt(model, *sizes, keep=keep.value, kernel=kernel.value, positions=positions.value)
     after = geometry(model)
+    if after == before:
+        warnings.warn(f"{source} has these sizes already: it is written as it is", AnypatchWarning, stacklevel=1)
     with nothing_empty_left(output), working(f"writing {output}", quiet):
         save(model, output)
     if json:

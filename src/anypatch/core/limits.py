@@ -91,6 +91,23 @@ class LimitError(GeometryError):
     """More memory than is allowed would be taken."""
 
 
+def require_room(size: int, what: str) -> None:
+    """Refuse what would take more than is allowed, before it is allocated.
+
+    Args:
+        size: bytes beyond what is there.
+        what: what they are for.
+
+    Raises:
+        LimitError: they are too many.
+    """
+    if size >= limit():
+        raise LimitError(
+            f"{what} would take {gigabytes(size)} GB more, and {gigabytes(limit())} GB are allowed: choose a smaller "
+            f"patch or image, or allow more with anypatch.memory_limit(BYTES) or {VARIABLE}"
+        )
+
+
 class Bounded(TorchFunctionMode):
     """Adds up what is allocated within the block, and stops before the bound is reached.
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from anypatch.core.empty import empty
-from anypatch.core.geometry import Geometry
+from anypatch.core.geometry import Geometry, show
+from anypatch.core.limits import require_room
 from anypatch.core.roles import Facts
 
 
@@ -63,12 +64,21 @@ class Twins:
 
 
 def build_twins(subject: Subject, target: Geometry) -> Twins:
-    """The empty twins of ``subject`` for a change to ``target``."""
+    """The empty twins of ``subject`` for a change to ``target``.
+
+    Raises:
+        LimitError: its parameters would take more memory than is allowed.
+    """
     old = empty(lambda: subject.build(subject.geometry))
     new = empty(lambda: subject.build(target))
+    require_room(_bytes(new) - _bytes(old), f"the weights at patch {show(target.patch_size)}")
     geometry = _probe_geometry(subject.geometry, target)
     probe = None if geometry is None else empty(lambda: subject.build(geometry))
     return Twins(old, new, subject.geometry, target, subject.facts, probe)
+
+
+def _bytes(twin: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in twin.parameters())
 
 
 def _probe_geometry(a: Geometry, b: Geometry) -> Geometry | None:

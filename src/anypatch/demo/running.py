@@ -44,6 +44,8 @@ def run_demo(
     output = None if output is None else Path(output)
     if output is not None and not output.parent.is_dir():
         raise AnypatchError(f"cannot write {output}: {output.parent} is not a directory")
+    if output is not None and output.is_dir():
+        raise AnypatchError(f"{output} is a folder: name a file, such as {output / 'anypatch-demo.html'}")
     digit_images, labels = (part[:images] for part in demo_data())
     model = demo_model()
     plan = _plan(patch_sizes)

@@ -35,6 +35,16 @@ def place(path: str | Path, what: str = "path") -> Path:
     return Path(at_home(text))
 
 
+def require_folder(path: Path) -> None:
+    """That a folder can be made of a path, or is there.
+
+    Raises:
+        CheckpointError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file: name a folder")
+
+
 def require_possible(text: str, what: str) -> None:
     """A path, or a source with a prefix, that a system can be asked about: it may be there or not.
 

@@ -93,6 +93,8 @@ def unwrap(raw: Any, path: Path, prefix: str | None = None) -> Unwrapped:
 
 
 def _behind(found: list[tuple[tuple[int, ...], str, str, dict[str, Any]]]) -> str:
+    if len(found) == 1 and not found[0][1] + found[0][2]:
+        return "there is one without a prefix"
     names = listed([repr((f[1] + f[2]).rstrip(".")[:200]) for f in found])
     return f"there is one behind {names}" if names else "it has none at all that is known"
 

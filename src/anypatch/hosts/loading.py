@@ -115,8 +115,9 @@ def load(host: Host, name: str, **host_kwargs: Any) -> nn.Module:
         CheckpointError: the weights cannot be had.
     """
     source = f"{host.prefix or host.name}:{name}"
-    if "arch" in host_kwargs:
-        raise UnsupportedModelError(f"arch is for checkpoint files: {source} says itself what it is")
+    for argument in ("arch", "prefix"):
+        if argument in host_kwargs:
+            raise UnsupportedModelError(f"{argument} is for checkpoint files: {source} says itself what it is")
     folder = folder_of(name, host_kwargs)
     if folder is not None:
         require_readable(folder)

@@ -13,7 +13,7 @@ from torch import nn
 from anypatch.errors import AnypatchError, DataError
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.opening import labelled, unlabelled
-from anypatch.measure.processes import Team, decoding_workers
+from anypatch.measure.processes import Team, decoding_workers, require_number
 from anypatch.measure.rows import Collections
 from anypatch.measure.targets import Asked
 from anypatch.report.progress import Progress
@@ -53,11 +53,11 @@ class Options:
         missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
         if missing:
             raise AnypatchError(f"a sweep needs {' and '.join(missing)}: pip install 'anypatch[sweep]'")
-        _number(self.batch_size, "batch_size")
+        require_number(self.batch_size, "batch_size")
         if self.limit is not None:
-            _number(self.limit, "limit")
+            require_number(self.limit, "limit")
         if self.num_workers is not None:
-            _number(self.num_workers, "num_workers", 0)
+            require_number(self.num_workers, "num_workers", 0)
 
     @property
     def origin(self) -> str | None:
@@ -105,9 +105,3 @@ class Options:
         sizes = asked.patch_sizes if isinstance(asked.patch_sizes, int) else list(asked.patch_sizes)
         shown = repr(self.source) if isinstance(self.source, str) else "model"
         return f"anypatch.sweep({shown}, {sizes!r}{more})"
-
-
-def _number(value: Any, name: str, least: int = 1) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        what = "a positive int" if least else "an int, 0 or more"
-        raise AnypatchError(f"{name} must be {what}, got {value!r}")

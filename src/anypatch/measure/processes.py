@@ -109,6 +109,13 @@ def best_device() -> torch.device:
 def decoding_workers(asked: int | None, processes: int) -> int:
     """Processes that decode images: one core is left for the model; more than eight are rarely fed by one disk."""
     if asked is not None:
+        require_number(asked, "num_workers", 0)
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, (cores - 1) // processes))
+
+
+def require_number(value: Any, name: str, least: int = 1) -> None:
+    """Raises AnypatchError: no whole number, or too small a one."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise AnypatchError(f"{name} must be an int of at least {least}, got {value!r}")

@@ -17,7 +17,7 @@ from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.tables import PositionsLike
 from anypatch.core.twins import Subject
 from anypatch.errors import AnypatchError, DataError
-from anypatch.files.paths import place
+from anypatch.files.paths import place, require_folder
 from anypatch.hosts.images import Preprocess
 from anypatch.measure.cache import Cache, default_folder, write_whole
 from anypatch.measure.class_names import read_class_names
@@ -193,6 +193,7 @@ def _writable(folder: str | Path | None, team: Team) -> Iterator[None]:
         yield
         return
     target = place(folder)
+    require_folder(target)
     made = [above for above in (target, *target.parents) if not above.exists()]
     try:
         try:

@@ -84,10 +84,11 @@ class Asked:
             target = target_geometry(subject.geometry, size, self.image_size, self.keep)
             if target.image_size is None or target.grid is None:
                 raise GeometryError("this model takes any image size: say which to tune at, image_size=")
-            if math.prod(target.grid) < LEAST_TOKENS:
+            count = math.prod(target.grid)
+            if count < LEAST_TOKENS:
                 raise GeometryError(
-                    f"patch_size {show(size)} leaves {math.prod(target.grid)} tokens of {show(target.image_size)} "
-                    f"pixels, too few to compare: four are the least"
+                    f"patch_size {show(size)} leaves {count} token{'s' * (count > 1)} of "
+                    f"{show(target.image_size)} pixels, too few to compare: four are the least"
                 )
             found[size] = target
         return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anypatch.errors import CheckpointError
 from anypatch.files.atomic import replacing_file
+from anypatch.files.paths import require_folder
 from anypatch.tuning.weights import Weights, kept, put_back, trained
 
 FILE = "tuning.safetensors"
@@ -150,6 +151,7 @@ def require_output(output: Path, resume: bool, overwrite: bool) -> None:
     Raises:
         CheckpointError: it is a file, cannot be written, or holds a tuned model that was not to be replaced.
     """
+    require_folder(output)
     if (output / RESULT).exists() and not overwrite and not (resume and (output / FILE).exists()):
         raise CheckpointError(
             f"{output} holds a tuned model already: name another place, or pass overwrite to replace it"

@@ -23,6 +23,8 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     repo, _, entry = name.rpartition(":")
     if not repo or not entry:
         raise UnsupportedModelError(f"hub:{name} must be hub:REPO:NAME, with a directory or owner/name as REPO")
+    if not Path(repo).is_dir() and "/" not in repo and "source" not in host_kwargs:
+        raise CheckpointError(f"hub:{name}: {repo} is no directory here, and a repository is named OWNER/NAME")
     host_kwargs.setdefault("source", "local" if Path(repo).is_dir() else "github")
     try:
         return torch.hub.load(repo, entry, **host_kwargs)
