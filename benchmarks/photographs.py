@@ -52,9 +52,9 @@ TEMPLATES = "tuxpaint-data"  # photographs to draw on
 POSTCARDS, FRAME = "cimg-doc", 0.09  # framed photographs of its gallery, and the share of each side that is frame
 FACES = "gnome-control-center-data"  # photographs of things, for users to choose one as their own
 VISION = "mvtb-data"  # a package of PyPI: gardens, buildings, streets, and views from the air
-# Public repositories, and the folder of each that holds photographs: the Berkeley segmentation data (animals, plants,
-# people, landscapes), and one photograph of each of ImageNet's thousand classes. For research.
-REPOSITORIES = {"BIDS/BSDS500": "BSDS500/data/images", "EliSchwartz/imagenet-sample-images": "."}
+# Public repositories: the Berkeley segmentation data (animals, plants, people, landscapes; 300 photographs that train
+# and 200 that test, as its authors split them), and one photograph for each of ImageNet's classes. For research.
+BERKELEY, CLASSED = "BIDS/BSDS500", "EliSchwartz/imagenet-sample-images"
 TESTING = ("mate-backgrounds/usr/share/backgrounds/mate/nature",)  # the package's other folders are drawings
 # A class is the folders that hold it. Toys, seasonal drawings and flat signs are left out: no photographs of things.
 CLASSES = {
@@ -148,8 +148,7 @@ def photographs() -> Iterator[Image.Image]:
     images = fetch_wheel(VISION) / "mvtbdata/images"
     files = sorted((fetch(TEMPLATES) / "usr/share/tuxpaint/templates").glob("*.jpg"))
     files += sorted([*fetch(FACES).rglob("*.jpg"), *images.glob("*.*g"), *(images / "campus").glob("*.jpg")])
-    for name, folder in REPOSITORIES.items():
-        files += [p for p in sorted((fetch_repository(name) / folder).rglob("*")) if p.suffix.lower() in SUFFIXES]
+    files += [*berkeley("train"), *berkeley("val"), *sorted(fetch_repository(CLASSED).glob("*.JPEG"))]
     for path in files:
         with Image.open(path) as image:
             if min(image.size) >= SMALLEST:
@@ -159,6 +158,11 @@ def photographs() -> Iterator[Image.Image]:
             across, down = (round(side * FRAME) for side in image.size)
             if min(image.size) >= SMALLEST:
                 yield image.convert("RGB").crop((across, down, image.width - across, image.height - down))
+
+
+def berkeley(part: str) -> list[Path]:
+    """Files of the Berkeley segmentation data: of ``"train"`` (200), ``"val"`` (100) or ``"test"`` (200)."""
+    return sorted((fetch_repository(BERKELEY) / "BSDS500/data/images" / part).glob("*.jpg"))
 
 
 def _inside(archive: Path) -> Iterator[Image.Image]:
