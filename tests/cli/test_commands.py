@@ -61,6 +61,13 @@ def test_version(anypatch: Anypatch) -> None:
     assert package.__version__ == "0.2.0"
 
 
+def test_help_and_completion_import_no_torch() -> None:
+    """Which takes seconds, and a key pressed meanwhile would end in a traceback."""
+    code = "import sys, anypatch.cli; sys.exit(', '.join({'torch', 'numpy', 'timm'} & {*sys.modules}) or 0)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_inspect_says_what_the_model_is(anypatch: Anypatch) -> None:
     result = anypatch("inspect", *VIT)
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,6 @@ from pathlib import Path
 from anypatch.errors import AnypatchError, CheckpointError
 from anypatch.files.atomic import require_free
 from anypatch.files.paths import place
-from anypatch.sources import recognise_directory
 
 
 @contextlib.contextmanager
@@ -48,6 +47,8 @@ def require_format(target: Path, library: str) -> None:
     Raises:
         CheckpointError: the directory is in another library's format.
     """
+    from anypatch.sources import recognise_directory
+
     try:
         other = recognise_directory(target)[0]
     except AnypatchError:
