@@ -116,7 +116,7 @@ def tune(
         return
     names = list(result.rows[0])
     rows = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in result.rows]
-    out.table(names, rows, right=True)
+    out.table([result.titles.get(n, n) if out.terminal() else n for n in names], rows, right=True)
     if out.terminal():
         for note in result.notes:
             out.line(f"note: {note}")
