@@ -18,6 +18,7 @@ from anypatch.core.kernels import as_method
 from anypatch.core.placement import require_fed, require_unsharded
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
+from anypatch.core.shells import Shells
 from anypatch.core.tables import ANTIALIASED, PositionsLike
 from anypatch.core.twins import Subject
 from anypatch.core.views import described, is_view, require_no_view, view
@@ -212,12 +213,16 @@ def at(
         >>> model.patch_embed.proj.weight.grad.shape
         torch.Size([192, 3, 16, 16])
     """
+    return viewed(model, Shells(), patch_size, image_size, keep=keep, kernel=kernel, positions=positions)
+
+
+def viewed(model: M, shells: Shells, *sizes: Any, **options: Any) -> M:
+    """``at``, which fills the shells."""
     while isinstance(model, nn.Module) and "_orig_mod" in model._modules:
         model = cast(M, model._modules["_orig_mod"])
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UnsupportedModelError(f"take the view of {type(model).__name__}'s module, then wrap the view")
-    plan = make_plan(model, patch_size, image_size, keep=keep, kernel=kernel, positions=positions, shared=True)
-    return view(model, plan)
+    return view(model, make_plan(model, *sizes, **options, shared=True), shells)
 
 
 def geometry(model: nn.Module) -> Geometry:

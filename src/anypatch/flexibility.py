@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anypatch.adaptation import at, geometry
+from anypatch.adaptation import geometry, viewed
 from anypatch.core import outdated
 from anypatch.core.adapters import HELD
 from anypatch.core.geometry import Geometry, Size, SizeLike, as_size, show, target_geometry
+from anypatch.core.pace import Pace
+from anypatch.core.shells import SHARED, Shells
 from anypatch.core.tables import PositionsLike
-from anypatch.core.views import SHARED, require_no_view
+from anypatch.core.views import require_no_view
 from anypatch.errors import GeometryError
 
 VIEWS = 64  # views kept for pairs of a patch and an image size; each is some thousand small objects
@@ -34,7 +36,8 @@ def flexible(
         kernel, positions: as for :func:`anypatch.adapt`.
 
     Returns:
-        A module whose parameters, buffers and state dict are the model's, under the model's names. Train it like the
+        A module whose parameters, buffers and state dict are the model's, under the model's names; hooks, modes and
+        plain settings of the model's modules hold at every patch size. Train it like the
         model (FlexiViT, arXiv:2212.08013, draws a patch size for every step): wrapped in DistributedDataParallel or
         sharded, every parameter that the model uses takes part in every step, whatever its patch size.
 
@@ -117,16 +120,27 @@ class Flexible(nn.Module):
             vars(self)["_views"] = {}
             outdated.watch(self, self.model)
         found = vars(self)["_views"].get((patch, image))
-        return self._make(patch, image) if found is None else found
+        if found is None:
+            return self._make(patch, image)
+        if not torch.compiler.is_compiling():
+            found[1].keep()
+        return found[0]
 
     @torch.compiler.disable
     def _make(self, patch: Size, image: Size | None) -> nn.Module:
-        views = vars(self)["_views"]
-        made = at(self.model, patch, image, **vars(self)["_options"])
+        views, shells = vars(self)["_views"], Shells()
+        if not views:  # of a copy
+            outdated.watch(self, self.model)
+        made = viewed(self.model, shells, patch, image, **vars(self)["_options"])
+        pace = Pace(shells)
         with _LOCK:
             while len(views) >= VIEWS:
                 views.pop(next(iter(views)), None)
-            return views.setdefault((patch, image), made)
+            return views.setdefault((patch, image), (made, pace))[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, views are taken when they are asked for."""
+        return {**vars(self), "_views": {}}
 
     def _listed(self, patch_size: SizeLike) -> Size:
         native: Geometry = vars(self)["_native"]
@@ -172,7 +186,7 @@ class Flexible(nn.Module):
     def train(self, mode: bool = True) -> Flexible:
         """Sets the mode of the model and of all its views."""
         super().train(mode)
-        for face in (self.model, *list(vars(self)["_views"].values())):
+        for face in (self.model, *(made for made, _ in list(vars(self)["_views"].values()))):
             face.train(mode)
         return self
 

@@ -80,6 +80,14 @@ class Shells:
                 fields[name] = self.rebound(value)
         return shell
 
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Modules and their shells."""
+        return [
+            (value, self.made[id(value)])
+            for value in self._keep
+            if isinstance(value, nn.Module) and id(value) in self.made
+        ]
+
     def stand_for(self, module: nn.Module, other: nn.Module) -> None:
         """Have another module wherever one of the model's would be."""
         self._tree.add(id(module))

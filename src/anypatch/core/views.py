@@ -213,9 +213,9 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
         raise RuntimeError(f"{name} cannot be computed: {error}") from error
 
 
-def view(model: M, plan: Plan | None) -> M:
-    """The view of ``model`` at ``plan``'s target, or at its own geometry; the model stays as it is."""
-    shells = Shells()
+def view(model: M, plan: Plan | None, shells: Shells) -> M:
+    """The view of ``model`` at ``plan``'s target, or at its own geometry, made of ``shells``; the model stays as it
+    is."""
     root = cast(M, shells.shell(model))
     made = {id(module): shells.shell(module) for module in model.modules()}
     for shell in made.values():
