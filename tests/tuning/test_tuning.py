@@ -834,6 +834,10 @@ def test_result_and_report(photos: Path, tmp_path: Path) -> None:
     assert page.count('alt="Patch features of ') == 4 * 3
     assert "accuracy_after" not in said["rows"][0]
     assert len(result.to_pandas()) == 1
+    assert repr(result).startswith("TuneResult(VisionTransformer, patch 8x8")  # and no line of the model's
+    assert len(repr(result)) < 80
+    assert '<th scope="col">fidelity, after</th>' in result._repr_html_()
+    assert f"<td>{result.rows[0]['fidelity_after']:.4f}</td>" in result._repr_html_()
     assert result.plot().axes[0].get_xlabel() == "steps"
 
 

@@ -37,7 +37,7 @@ LABELLED = {"accuracy_before": "accuracy, before", "accuracy_after": "accuracy, 
 PHOTO = 320  # pixels of a photograph's longer side in the report
 
 
-@dataclass
+@dataclass(repr=False)
 class TuneResult:
     """What tuning did.
 
@@ -67,10 +67,23 @@ class TuneResult:
     curve: Curve = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list, repr=False)
+    samples: list[Sample] = field(default_factory=list)
 
     def __str__(self) -> str:
         return self.says
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(row["patch_size"] for row in self.rows)
+        kept = "" if self.gained else ", nothing gained"
+        return f"TuneResult({type(self.model).__name__}, patch {sizes}{kept})"
+
+    def _repr_html_(self) -> str:
+        """The sentence and the table, in a notebook."""
+        return str(render("tuning_notebook.html", **self._table(), says=self.says, notes=self.notes))
+
+    def _table(self) -> dict[str, Any]:
+        rows = [[_shown(row[name]) for name in self.titles] for row in self.rows]
+        return {"names": list(self.titles.values()), "rows": rows}
 
     @property
     def titles(self) -> dict[str, str]:
@@ -128,8 +141,7 @@ class TuneResult:
         ]
         page = render(
             "tuning.html",
-            names=list(self.titles.values()),
-            rows=[[_shown(row[name]) for name in self.titles] for row in self.rows],
+            **self._table(),
             samples=[self._pictures(sample) for sample in self.samples],
             chart=curve(points, "steps", "held-out fidelity", self.says) if points else "",
             says=self.says,
