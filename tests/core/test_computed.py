@@ -11,6 +11,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import anypatch
 from anypatch import UnsupportedModelError
@@ -29,6 +30,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "out": lambda view: torch.add(view.pos_embed.data, 1, out=view.pos_embed.data),
     "inplace": lambda view: nn.functional.relu(view.pos_embed.data, inplace=True),
     "freezing": lambda view: view.pos_embed.requires_grad_(False),
+    "pruning": lambda view: prune.l1_unstructured(view.patch_embed.proj, "weight", 0.5),
     "hook": lambda view: view.pos_embed.register_hook(lambda grad: 2 * grad),
 }
 
@@ -44,7 +46,10 @@ def test_a_write_into_what_is_computed_is_refused(kind: str, gradients: bool) ->
     model = vit()
     view = anypatch.at(model, 16)
     before = view.state_dict()
-    with torch.set_grad_enabled(gradients), pytest.raises(UnsupportedModelError, match=r"(pos_embed|weight) of a view"):
+    with (
+        torch.set_grad_enabled(gradients),
+        pytest.raises(UnsupportedModelError, match=r"(pos_embed|weight|weight_orig) of a view"),
+    ):
         WRITES[kind](view)
     assert all(torch.equal(tensor, before[name]) for name, tensor in view.state_dict().items())
 

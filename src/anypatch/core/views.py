@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from anypatch.core import outdated
 from anypatch.core.adapters import HELD
 from anypatch.core.attributes import like
-from anypatch.core.computed import guarded, note_given, require_unwritten
+from anypatch.core.computed import Computed, guarded, note_given, require_unwritten
 from anypatch.core.outdated import MARK
 from anypatch.core.plan import Plan
 from anypatch.core.shells import SHARED, Shells
@@ -124,6 +124,11 @@ class _Bound(_Base):
             return super().train(mode)
         with weights_kept(self):
             return super().train(mode)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, Computed) and not isinstance(param, nn.Parameter):  # pruning, which moves what it masks
+            raise UnsupportedModelError(f"{name} of a view cannot hold what is computed from its model's: prune that")
+        super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if isinstance(vars(self)[MARK].get(name), Constant):
