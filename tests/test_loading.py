@@ -170,3 +170,17 @@ def test_threads_load_each_as_alone(tmp_path: Path) -> None:
         thread.join()
     assert not errors
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (nn.Linear(1, 1), "not a Linear; adapt takes a model that is there already"),
+        (None, "not a NoneType"),
+        (b"model", "not a bytes"),
+    ],
+)
+def test_what_is_no_source_is_named(source: Any, said: str) -> None:
+    with pytest.raises(anypatch.UnsupportedModelError) as error:
+        anypatch.load(source)
+    assert str(error.value) == f"a source is a string or a path, {said}"

@@ -106,6 +106,9 @@ def load(
         CheckpointError: the source does not exist, cannot be had, cannot be read or is damaged.
         GeometryError: sizes that do not fit.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        instead = "; adapt takes a model that is there already" if isinstance(source, nn.Module) else ""
+        raise UnsupportedModelError(f"a source is a string or a path, not a {type(source).__name__}{instead}")
     source = at_home(str(source))
     require_possible(source, "source")
     with LOADING, undisturbed(), with_own_dtype():
