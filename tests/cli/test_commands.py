@@ -315,6 +315,12 @@ def test_no_weights_are_loaded_unless_asked(anypatch: Anypatch) -> None:
     assert "open_clip:ViT-B-32/TAG: openai" in result.stderr
 
 
+def test_a_cache_and_none(anypatch: Anypatch) -> None:
+    both = ["--cache", "c", "--no-cache"]
+    result = anypatch("sweep", "timm:test_vit", "--patch-size", "8", "--data", "d", "--output", "o", *both)
+    assert (result.returncode, result.stderr) == (2, "error: give --cache or --no-cache, not both\n")
+
+
 def test_an_entry_point_without_the_option_is_built_as_it_is(anypatch: Anypatch, tmp_path: Path) -> None:
     (tmp_path / "hubconf.py").write_text(
         "import timm\ndef one():\n    return timm.create_model('test_vit')\n"

@@ -91,6 +91,8 @@ def sweep(
 
     sizes = parse_sizes(patch_size, "--patch-size")
     image = None if image_size is None else parse_image_size(image_size, "--image-size")
+    if no_cache and cache is not None:
+        raise AnypatchError("give --cache or --no-cache, not both")
     if figure is not None:
         figure_target(figure)  # before the work
     command = " ".join(["anypatch", *(shlex.quote(a) for a in sys.argv[1:])])
