@@ -136,11 +136,13 @@ def test_contributing_names_what_exists() -> None:
         # made by a command, or a room of a host's folder
         places = [place / name for place in (ROOT, source, source / "core", source / "hosts" / "torchvision")]
         assert any(place.exists() for place in places) or name == "docs/peers.md", name
-    said = {
-        verb: room.partition(".")[0]
-        for room, verbs in re.findall(r"^\| `(\w+\.py)`[^|]*\|((?:.*\n\| \| )*[^|]*)\|", text, re.M)
-        for verb in re.findall(r"`(\w+)\(", verbs)
-    }
+    said = {}
+    for block in re.split(r"\n\n|\n(?=\|)", text):  # rows of tables, and paragraphs
+        room = next(iter(re.findall(r"all in `(\w+)\.py`", block)), "")
+        for named_room, verb in re.findall(r"`(?:(\w+)\.py: )?(\w+)\(", block):
+            room = named_room or room
+            if room:
+                said[verb] = room
     assert said == {"recognises": MODEL, "subject": MODEL, **ROOMS}
     assert all(callable(getattr(Host, verb)) for verb in said)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
