@@ -596,5 +596,5 @@ def test_two_processes_give_the_same_numbers(tmp_path: Path) -> None:
     wrong = run([], "5,16", tmp_path / "wrong")
     assert wrong.returncode == 2
     said = [line for line in wrong.stderr.splitlines() if not line.startswith("loading ")]  # a slow machine's progress
-    assert said[0].startswith("error: patch_size 5")
+    assert said[0].startswith("error: patch size 5x5 does not divide")
     assert len(said) == 1
