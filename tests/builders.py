@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def split_folder(root: Path, train: int = 8, test: int = 4, classes: tuple[str, 
             colour = COLOURS.get(name, (90 * number, 30, 200))
             write(root / "val" / name / f"{index}.png", colour, 5000 + 100 * number + index)
     return root
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def openai(state: dict[str, Tensor], prefix: str = "visual.") -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import typer.main
+from typer.core import TyperGroup
 
 from anypatch.cli import app
 from anypatch.cli.words import OPTIONS, RENAMED, as_typed
@@ -55,8 +56,9 @@ def test_fields_paths_and_words_stay(said: str) -> None:
 
 
 def test_every_name_is_an_option() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    known = {option for command in commands.values() for parameter in command.params for option in parameter.opts}
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    known = {option for command in group.commands.values() for parameter in command.params for option in parameter.opts}
     assert {"--" + RENAMED.get(name, name).replace("_", "-") for name in OPTIONS} <= known
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+
+from builders import free_port
 
 SCRIPT = """
 import atexit, sys
@@ -25,11 +26,8 @@ print(team.gather(team.rank), team.lead(lambda: team.size))
 
 
 def ran(whose: str) -> list[str]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
     around = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, whose],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,10 +59,10 @@ def test_ticks_of_the_figure_leave_each_other_room(gflops: tuple[float, ...], la
     """As drawn: of two sizes, of close ones, of one, of many powers of ten; at least two numbers on an axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    rows = [row(14 + i, cost, 120.0 / cost, 0.8) for i, cost in enumerate(gflops)]
+    rows: list[Any] = [row(14 + i, cost, 120.0 / cost, 0.8) for i, cost in enumerate(gflops)]
     if not labelled:
         rows = [{**r, "accuracy": None, "fidelity": None} for r in rows]
-    figure = SweepResult(rows, rows[0]).plot()  # type: ignore[arg-type]
+    figure = SweepResult(rows, rows[0]).plot()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -144,12 +143,6 @@ class HandMade(nn.Module):
 
 def hand_made() -> Any:
     return randomised(HandMade())
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -392,6 +385,15 @@ def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkey
     assert stopped_before_training(monkeypatch, images=photos, steps=20, lora=2)[2] == pytest.approx(10 * first)
 
 
+def rate_found(monkeypatch: pytest.MonkeyPatch, steps: int, loss: Callable[[float], float]) -> float:
+    """What the range test finds from 1e-5, where a short run for a rate ends with this loss."""
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.pair, trainer.notes, trainer.progress = SimpleNamespace(student=nn.Linear(1, 1)), [], lambda *_: None
+    trainer.look_steps = lambda: 3.0
+    monkeypatch.setattr(learning_rate, "_loss_after", lambda _, peak, __: loss(peak / learning_rate.TRIAL_TIMES))
+    return learning_rate.found_rate(trainer, steps, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("best", "steps", "tried"),
     [
@@ -406,17 +408,13 @@ def test_finding_the_rate_costs_a_tenth_and_leaves_no_trace(photos: Path, monkey
 def test_the_rate_is_sought_both_ways(
     best: float, steps: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer: Any = Trainer.__new__(Trainer)
-    trainer.pair, trainer.notes, trainer.progress = SimpleNamespace(student=nn.Linear(1, 1)), [], lambda *_: None
     seen: list[int] = []
 
-    def loss_after(_: Trainer, peak: float, __: int) -> float:
-        seen.append(round(math.log(peak / learning_rate.TRIAL_TIMES / 1e-5, learning_rate.FACTOR)))
+    def loss(rate: float) -> float:
+        seen.append(round(math.log(rate / 1e-5, learning_rate.FACTOR)))
         return math.inf if best < -3 and seen[-1] > -3 else abs(seen[-1] - best)
 
-    monkeypatch.setattr(learning_rate, "_loss_after", loss_after)
-    trainer.look_steps = lambda: 3.0
-    found = learning_rate.found_rate(trainer, steps, 1e-5)
+    found = rate_found(monkeypatch, steps, loss)
     assert seen == tried
     assert math.log(found / 1e-5, learning_rate.FACTOR) == pytest.approx(min(tried or [0], key=lambda p: abs(p - best)))
 
@@ -425,14 +423,8 @@ def test_the_rate_is_sought_both_ways(
 def test_a_lower_rate_has_to_be_better_by_more_than_chance(
     lower: float, wanted: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer: Any = Trainer.__new__(Trainer)
-    trainer.pair, trainer.notes, trainer.progress = SimpleNamespace(student=nn.Linear(1, 1)), [], lambda *_: None
     losses = {2e-5: 1.2, 1e-5: 1.0, 5e-6: lower, 2.5e-6: 1.0}
-    monkeypatch.setattr(
-        learning_rate, "_loss_after", lambda _, peak, __: losses[round(peak / learning_rate.TRIAL_TIMES, 10)]
-    )
-    trainer.look_steps = lambda: 3.0
-    assert learning_rate.found_rate(trainer, 900, 1e-5) == pytest.approx(wanted)
+    assert rate_found(monkeypatch, 900, lambda rate: losses[round(rate, 10)]) == pytest.approx(wanted)
 
 
 class StoppedError(Exception):
@@ -492,7 +484,7 @@ def _work(rank: int, port: int, photos: Path, results: Any) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(photos: Path) -> None:
-    port = free_port()
+    port = builders.free_port()
     context = torch.multiprocessing.get_context("spawn")  # forked where gradients were computed before, none can be
     results = context.Queue()
     workers = [context.Process(target=_work, args=(rank, port, photos, results)) for rank in range(2)]
@@ -524,7 +516,7 @@ def test_accelerate_launches_it(photos: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(builders.free_port()),
         "-m", "anypatch", "tune", str(source), "--images", str(photos), "--patch-size", "8", "--steps", "4",
         "--learning-rate", "1e-3", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--quiet",
         "--output", str(tmp_path / "two"),

@@ -12,7 +12,7 @@ import typer
 from anypatch.cli import options as o
 from anypatch.cli import output as out
 from anypatch.cli.helping import Command
-from anypatch.cli.stderr import leads, working
+from anypatch.cli.stderr import leads, said_once, working
 from anypatch.cli.targets import nothing_empty_left
 from anypatch.core.geometry import parse_image_size, parse_sizes
 from anypatch.errors import AnypatchError
@@ -96,34 +96,29 @@ def sweep(
     if figure is not None:
         figure_target(figure)  # before the work
     command = " ".join(["anypatch", *(shlex.quote(a) for a in sys.argv[1:])])
-    try:
-        with nothing_empty_left(output), working(f"loading {source}", quiet) as progress:
-            result = sweep(
-                source,
-                sizes,
-                image_size=image,
-                keep=keep.value,
-                data=data,
-                images=images,
-                output=output,
-                class_names=class_names,
-                batch_size=batch_size,
-                num_workers=workers,
-                kernel=kernel.value,
-                positions=positions.value,
-                reference=reference.value,
-                arch=arch,
-                limit=limit,
-                device=device,
-                cache=False if no_cache else cache if cache is not None else True,
-                progress=progress,
-                reproduce=command,
-                **o.loader_options(option, None, prefix),
-            )
-    except AnypatchError:
-        if leads():
-            raise
-        raise typer.Exit(2) from None  # all processes raise the same error; one says it
+    with said_once(), nothing_empty_left(output), working(f"loading {source}", quiet) as progress:
+        result = sweep(
+            source,
+            sizes,
+            image_size=image,
+            keep=keep.value,
+            data=data,
+            images=images,
+            output=output,
+            class_names=class_names,
+            batch_size=batch_size,
+            num_workers=workers,
+            kernel=kernel.value,
+            positions=positions.value,
+            reference=reference.value,
+            arch=arch,
+            limit=limit,
+            device=device,
+            cache=False if no_cache else cache if cache is not None else True,
+            progress=progress,
+            reproduce=command,
+            **o.loader_options(option, None, prefix),
+        )
     if leads():
         if figure is not None:
             result.save_figure(figure)

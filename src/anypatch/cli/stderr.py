@@ -10,17 +10,29 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from anypatch.cli.words import as_typed
-from anypatch.errors import AnypatchWarning
+from anypatch.errors import AnypatchError, AnypatchWarning
 from anypatch.report.progress import Progress, shown_progress
 
 
 def leads() -> bool:
     """Whether this process speaks, of those that share the work."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """All processes raise the same error of ours; one says it."""
+    try:
+        yield
+    except AnypatchError:
+        if leads():
+            raise
+        raise typer.Exit(2) from None
 
 
 def working(text: str, quiet: bool = False) -> AbstractContextManager[Progress]:

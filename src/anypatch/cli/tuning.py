@@ -11,7 +11,7 @@ import typer
 from anypatch.cli import options as o
 from anypatch.cli import output as out
 from anypatch.cli.helping import Command
-from anypatch.cli.stderr import leads, working
+from anypatch.cli.stderr import leads, said_once, working
 from anypatch.core.geometry import parse_image_size, parse_sizes
 from anypatch.errors import AnypatchError
 
@@ -80,35 +80,30 @@ def tune(
 
     sizes = parse_sizes(patch_size, "--patch-size")
     image = None if image_size is None else parse_image_size(image_size, "--image-size")
-    try:
-        with working(f"loading {source}", quiet) as progress:
-            result = tune(
-                source,
-                images=images,
-                patch_size=sizes,
-                image_size=image,
-                keep=keep.value,
-                minutes=minutes,
-                steps=steps,
-                learning_rate=_rate(learning_rate),
-                lora=lora,
-                output=output,
-                kernel=kernel.value,
-                positions=positions.value,
-                batch_size=batch_size,
-                num_workers=workers,
-                device=device,
-                seed=seed,
-                progress=progress,
-                precision=None if precision is None else precision.value,
-                resume=resume,
-                overwrite=overwrite,
-                **o.loader_options(option, arch, prefix),
-            )
-    except AnypatchError:
-        if leads():
-            raise
-        raise typer.Exit(2) from None  # all processes raise the same error; one says it
+    with said_once(), working(f"loading {source}", quiet) as progress:
+        result = tune(
+            source,
+            images=images,
+            patch_size=sizes,
+            image_size=image,
+            keep=keep.value,
+            minutes=minutes,
+            steps=steps,
+            learning_rate=_rate(learning_rate),
+            lora=lora,
+            output=output,
+            kernel=kernel.value,
+            positions=positions.value,
+            batch_size=batch_size,
+            num_workers=workers,
+            device=device,
+            seed=seed,
+            progress=progress,
+            precision=None if precision is None else precision.value,
+            resume=resume,
+            overwrite=overwrite,
+            **o.loader_options(option, arch, prefix),
+        )
     if not leads():
         return
     if json:
