@@ -189,9 +189,10 @@ def at(
     milliseconds a forward pass; where the weights stay as they are, ``adapt`` a copy instead.
 
     ``view.state_dict()`` holds what :func:`anypatch.save` writes, the weights at the view's geometry. Loading, and
-    writing into a tensor that the view computes, are for the model. Replacing layers of ``model`` (a new head, PEFT)
-    after a view was taken asks for another view, and is an UnsupportedModelError when the view runs. A pickled view, as
-    a copied one, has weights of its own.
+    writing into a tensor that the view computes, are for the model, and so are pruning, norms and parametrizations. A
+    layer that is put into the view (a head of its own) is the view's alone. Replacing layers of ``model`` (a new head,
+    PEFT) after a view was taken asks for another view, and is an UnsupportedModelError when the view runs. A pickled
+    view, as a copied one, has weights of its own.
 
     Args:
         model: as for :func:`adapt`; a model behind ``torch.compile`` is looked through.

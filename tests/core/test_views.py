@@ -697,6 +697,70 @@ def test_a_view_says_that_a_parameter_was_put_in_the_place_of_another(
         view(torch.rand(1, 3, 64, 64))
 
 
+RESTRUCTURED: dict[str, Callable[[Any], Any]] = {
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "bias": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "by hand": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Dropout(0.5)),
+    "old weight norm": weight_norm,
+    "old spectral norm": spectral_norm,
+}
+
+
+@pytest.mark.parametrize("layer", ["patch_embed.proj", "blocks.0.attn.qkv"])
+@pytest.mark.parametrize("how", RESTRUCTURED)
+def test_what_is_laid_over_a_views_layers_is_for_the_model(layer: str, how: str) -> None:
+    """It was taken out of the model, whose next run was an AttributeError of torch's."""
+    model, image = vit(), torch.rand(1, 3, 32, 32)
+    view = anypatch.at(model, 16)
+    names, order = list(model.state_dict()), [id(p) for p in model.parameters()]
+    wanted, kinds = [model(image), view(image)], [type(module) for module in view.modules()]
+    with pytest.raises(UnsupportedModelError, match=r"model"):
+        RESTRUCTURED[how](view.get_submodule(layer))
+    assert list(model.state_dict()) == list(view.state_dict()) == names
+    assert [id(p) for p in model.parameters()] == [id(p) for p in view.parameters()] == order
+    assert [type(module) for module in view.modules()] == kinds
+    assert torch.equal(model(image), wanted[0])
+    assert torch.equal(view(image), wanted[1])
+    RESTRUCTURED[how](model.blocks[0].attn.qkv)  # as it says
+    assert anypatch.at(model, 16)(image).shape == wanted[1].shape
+
+
+def test_values_that_torch_lost_on_the_way_are_said() -> None:
+    """``orthogonal`` writes its factors where the weight was, before there is anything to notice."""
+    view = anypatch.at(model := vit(), 16)
+    with pytest.raises(UnsupportedModelError, match="load them"):
+        nn.utils.parametrizations.orthogonal(view.blocks[0].attn.proj)
+    assert isinstance(model.blocks[0].attn.proj.weight, nn.Parameter)
+
+
+def test_a_views_own_layers_are_its_own() -> None:
+    """Layers that replace others, and those of a copy, may be laid over; the model is as it was."""
+    model, image = vit(), torch.rand(1, 3, 32, 32)
+    view = anypatch.at(model, 16)
+    before = model(image)
+    view.head = nn.utils.parametrizations.weight_norm(nn.Linear(model.num_features, 3))
+    torch.testing.assert_close(view(image), view.head(view.forward_head(view.forward_features(image), pre_logits=True)))
+    other = copy.deepcopy(view)
+    nn.utils.parametrizations.weight_norm(other.blocks[0].attn.qkv)
+    torch.testing.assert_close(other(image), view(image))
+    assert torch.equal(model(image), before)
+
+
+def test_adapters_in_a_view() -> None:
+    """PEFT makes more layers of the class of that which it wraps; a view's stem has one of its own."""
+    peft = pytest.importorskip("peft")
+    model, image = vit(), torch.rand(1, 3, 32, 32)
+    view = anypatch.at(model, 16)
+    before = [model(image), view(image)]
+    lora = peft.get_peft_model(view, peft.LoraConfig(target_modules=["proj", "qkv"], init_lora_weights=False))
+    assert torch.equal(model(image), before[0])
+    assert not torch.allclose(lora(image), before[1], atol=1e-4)
+    with lora.disable_adapter():
+        assert torch.equal(lora(image), before[1])
+
+
 def test_a_view_runs_with_a_parameter_that_was_added_to_its_model() -> None:
     model = vit()
     view, image = anypatch.at(model, 16, keep="grid"), torch.rand(1, 3, 64, 64)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core.attributes import ATOMS
+from anypatch.core.restructuring import unwatched
 
 SHARED = ("_parameters", "_buffers")
 FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
@@ -77,7 +78,7 @@ class Shells:
             if name in SHARED:
                 fields[name] = value
             elif name not in FRESH:
-                fields[name] = self.rebound(value)
+                fields[name] = self.rebound(unwatched(value))
         return shell
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from anypatch.core import outdated
+from anypatch.core import outdated, restructuring
 from anypatch.core.adapters import HELD
 from anypatch.core.attributes import like
 from anypatch.core.computed import Computed, guarded, note_given, require_unwritten
@@ -103,6 +103,10 @@ else:
 class _Bound(_Base):
     """What shells whose tensors follow the geometry are besides their host's class."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Who makes another layer of a shell's class (PEFT its adapters) means the host's."""
+        return cls.__mro__[cls.__mro__.index(_Bound) + 1](*args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         bound = vars(self)[MARK].get(name)
         if name in (toggling := vars(self).get(TOGGLES, {})):
@@ -126,6 +130,7 @@ class _Bound(_Base):
             return super().train(mode)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        restructuring.require_kept(self)
         if isinstance(param, Computed) and not isinstance(param, nn.Parameter):  # pruning, which moves what it masks
             raise UnsupportedModelError(f"{name} of a view cannot hold what is computed from its model's: prune that")
         super().register_parameter(name, param)
@@ -237,6 +242,8 @@ def view(model: M, plan: Plan | None, shells: Shells) -> M:
     for shell in made.values():
         if vars(shell)[MARK] or TOGGLES in vars(shell):
             shell.__class__ = _subclass(type(shell), *_names(shell))
+    for module in model.modules():
+        restructuring.watch(made[id(module)], module)
     outdated.note((module, made[id(module)]) for module in model.modules())
     computing = next((shell for shell in root.modules() if vars(shell)[MARK]), None)
     outdated.watch(root if computing is None else computing, model)

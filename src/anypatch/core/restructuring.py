@@ -1,0 +1,122 @@
+"""Norms, parametrizations and pruning that are laid over a layer of a view: they are for the model.
+
+They take a parameter out of the layer and compute it from others from then on. A view's layer has the parameters of
+its model's: taken out of the one they are gone from the other, which computes nothing in their place. What torch does
+next is to register a child or a hook with the layer, in containers of the view's own: there it is noticed, the layer is
+given back what it had, and whoever asked is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from anypatch.errors import UnsupportedModelError
+
+
+class Watch:
+    """A layer of a view, the layer of the model that it stands for, and what that had when the view was taken."""
+
+    def __init__(self, shell: nn.Module, module: nn.Module) -> None:
+        self.kind = type(shell)
+        self._shell, self._module = weakref.ref(shell), weakref.ref(module)
+        present = {name: p for name, p in module._parameters.items() if p is not None}
+        self._parameters = {name: (weakref.ref(p), _place(p)) for name, p in present.items()}
+        self._names = {*module._parameters, *module._buffers.keys()}
+
+    def require_kept(self, added: Any = None) -> None:
+        """Raises UnsupportedModelError: a parameter was taken out of the layer through the view; it is back."""
+        shell, module = self._shell(), self._module()
+        if shell is None or module is None or shell._parameters is not module._parameters:
+            return
+        gone = [name for name in self._parameters if name not in module._parameters and not hasattr(module, name)]
+        if not gone:
+            return
+        kept = [self._give_back(name, shell, added) for name in gone]
+        shell.__class__ = self.kind
+        names, kind = ", ".join(gone), self.kind.__name__
+        values = "" if all(kept) else "; its values may be what the parametrization began to make of them: load them"
+        raise UnsupportedModelError(
+            f"{names} of this {kind} would be taken out of the model as well, with which its view shares it: "
+            f"prune, norm and parametrize the layers of the model, then take a view of it{values}"
+        )
+
+    def _give_back(self, name: str, shell: nn.Module, added: Any) -> bool:
+        """Whether it is back with the values that it had, as far as can be told."""
+        reference, place = self._parameters[name]
+        vars(shell).pop(name, None)
+        undone = isinstance(added, BasePruningMethod)  # which takes back what it had registered itself
+        for store in (shell._parameters, shell._buffers):
+            for other in [n for n in store if n.startswith(f"{name}_") and n not in self._names]:
+                if not (undone and other == f"{name}_orig"):
+                    del store[other]
+        parameter = reference()
+        if parameter is None:
+            return False
+        rest = dict(shell._parameters)
+        order = [n for n in self._parameters if n == name or n in rest]
+        shell._parameters.clear()  # in the order in which optimizers count them
+        shell._parameters.update({n: parameter if n == name else rest.pop(n) for n in order} | rest)
+        return _place(parameter) == place
+
+
+class Children(dict[str, Any]):
+    """The children of a view's layer."""
+
+    watch: Watch
+
+    def __setitem__(self, name: str, child: Any) -> None:
+        self.watch.require_kept()
+        super().__setitem__(name, child)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as what torch has here: a copy shares nothing."""
+        return dict, (), None, None, iter(self.items())
+
+
+class Hooks(OrderedDict[int, Any]):
+    """The hooks of a view's layer that run before its forward pass."""
+
+    watch: Watch
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        if "watch" in vars(self):
+            self.watch.require_kept(hook)
+        super().__setitem__(key, hook)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As of children."""
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+def watch(shell: nn.Module, module: nn.Module) -> None:
+    """Notice from now on what is taken out of a layer of a view."""
+    if type(module._parameters) is not dict or not module._parameters:
+        return
+    children, hooks = Children(shell._modules), Hooks(shell._forward_pre_hooks)
+    children.watch = hooks.watch = Watch(shell, module)
+    vars(shell).update({"_modules": children, "_forward_pre_hooks": hooks})
+
+
+def require_kept(shell: nn.Module) -> None:
+    """Raises UnsupportedModelError: a parameter was taken out of a layer of a view; it is back."""
+    if isinstance(shell._modules, Children):
+        shell._modules.watch.require_kept()
+
+
+def unwatched(value: Any) -> Any:
+    """A layer's attribute as torch has it."""
+    if isinstance(value, Children):
+        return dict(value)
+    return OrderedDict(value) if isinstance(value, Hooks) else value
+
+
+def _place(tensor: Tensor) -> int:
+    with contextlib.suppress(RuntimeError):  # tensors that have no memory of their own
+        return tensor.data_ptr()
+    return 0
