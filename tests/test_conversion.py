@@ -27,6 +27,7 @@ from torch import Tensor
 
 import anypatch
 from anypatch import CheckpointError, GeometryError
+from anypatch.errors import AnypatchWarning
 from anypatch.files import atomic
 from anypatch.files import shards as streaming
 from anypatch.files.header import read_header
@@ -81,10 +82,15 @@ def test_untouched_bytes_are_copied_and_only_two_tensors_change(vit: Path, tmp_p
     assert list(read_header(vit).entries) == list(read_header(target).entries)
 
 
-def test_nothing_to_change_copies_the_file(vit: Path, tmp_path: Path) -> None:
+def test_nothing_to_change_copies_the_file_and_says_so(vit: Path, clip: Path, tmp_path: Path) -> None:
     target = tmp_path / "b.safetensors"
-    anypatch.convert(vit, target, patch_size=16)
+    with pytest.warns(AnypatchWarning, match="has these sizes already: it is written as it is"):
+        anypatch.convert(vit, target, patch_size=16)
     _equal(read_tensors(vit), read_tensors(target))
+    with pytest.warns(AnypatchWarning, match="has these sizes already: it is written as it is"):
+        anypatch.convert(clip, tmp_path / "out", patch_size=16)
+    for shard in clip.glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
 
 
 def test_in_place(vit: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from anypatch.core.ambient import undisturbed
 from anypatch.core.geometry import ImageSizeLike, Keep, SizeLike
 from anypatch.core.plan import Plan
 from anypatch.core.tables import PositionsLike
-from anypatch.errors import CheckpointError, listed
+from anypatch.errors import AnypatchWarning, CheckpointError, listed
 from anypatch.files import atomic, shards
 from anypatch.files.flushing import Flusher
 from anypatch.files.header import TYPE_NAMES, Header, read_header
@@ -135,6 +136,8 @@ def _convert_file(source: Path, target: Path, arch: str | None, ask: Mapping[str
     library, name = architecture(checkpoint, arch, several=True)
     model = fit(library, name, checkpoint)
     plan = _plan(model, checkpoint, ask)
+    if plan is None:
+        _say_unchanged(source)
     changed = {} if plan is None else changed_tensors(checkpoint, model, plan)
     if checkpoint.kind != "safetensors":
         _write_new(target, checkpoint, changed)
@@ -144,6 +147,10 @@ def _convert_file(source: Path, target: Path, arch: str | None, ask: Mapping[str
     total = sum(e.end - e.start for e in header.entries.values())
     with _progress(target.name, total) as progress, atomic.replacing_file(target) as file:
         shards.write_safetensors(file, header, changed, progress)
+
+
+def _say_unchanged(source: Path) -> None:
+    warnings.warn(f"{source} has these sizes already: it is written as it is", AnypatchWarning, stacklevel=4)
 
 
 def _plan(model: nn.Module, checkpoint: Checkpoint, ask: Mapping[str, Any]) -> Plan | None:
@@ -231,6 +238,7 @@ def _converted(
     opened = found[0].open_folder(source)
     plan = make_plan(opened.model, **ask)
     if plan is None:
+        _say_unchanged(source)
         return opened.index({}), opened.headers, {}
     values = opened.values(plan)
     texts = opened.texts(plan) | _card(plan, opened.model, source, target, ask) | opened.index(values)

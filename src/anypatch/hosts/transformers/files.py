@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from anypatch.hosts.rebuilding import plain_state, require_rebuilds
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import candidates, class_of, fit, named_class
 from anypatch.hosts.transformers.model import NAME, make, subject
-from anypatch.hosts.transformers.opening import open_folder, require_shapes
+from anypatch.hosts.transformers.names import in_files, optional, placed, require_shapes, tell
+from anypatch.hosts.transformers.opening import open_folder
 from anypatch.hosts.transformers.quantised import packed_layers
 from anypatch.hosts.transformers.safety import is_adapter, require_model, require_no_adapter, require_safe_source
 from anypatch.hosts.vetting import WHERE
@@ -56,17 +55,23 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     if host_kwargs.get("pretrained") is True:
         del host_kwargs["pretrained"]
     _require_safe(name, host_kwargs)
-    kind = _given_class(host_kwargs)
+    kind = chosen = _given_class(host_kwargs)
     if kind is None:  # a class of the caller's follows an adapter to its model
         require_model(name, host_kwargs)
         about = {k: v for k, v in host_kwargs.items() if k in HUB}
         kind = named_class(host_kwargs.get("config") or transformers.AutoConfig.from_pretrained(name, **about))
+    loader = kind or transformers.AutoModel
+    # its report of the weights is a line of its log, which not everyone sees
+    tells = loader is transformers.AutoModel or issubclass(loader, transformers.PreTrainedModel)
     try:
-        model = (kind or transformers.AutoModel).from_pretrained(name, **host_kwargs)
+        model = loader.from_pretrained(name, **host_kwargs, **({"output_loading_info": True} if tells else {}))
     except RuntimeError as error:
         if "ignore_mismatched_sizes" in str(error):  # says only that something does not fit
             _require_shapes(name, host_kwargs)
         raise
+    if tells:
+        model, report = model
+        tell(name, type(model).__name__, report["missing_keys"], () if chosen else report["unexpected_keys"])
     with contextlib.suppress(UnsupportedModelError, ReferenceError):
         _SOURCES[model] = (name, subject(model).geometry, {k: v for k, v in host_kwargs.items() if k in HUB})
     return model
@@ -83,15 +88,11 @@ def _require_shapes(name: str, host_kwargs: dict[str, Any]) -> None:
         return
     kind, config = class_of(str(folder), host_kwargs.get("config"))
     built: Any = empty(lambda: kind(config))
-    with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        built._weight_conversions = get_model_conversion_mapping(built)
     try:
         shards = read_shards(folder, getattr(config, "transformers_weights", None))
     except CheckpointError:  # weights in another format, of which the library's words have to do
         return
-    require_shapes(folder, built, shards, _in_files(built, built, built.state_dict()))
+    require_shapes(folder, placed(built, shards.entries), shards.entries)
 
 
 def _require_safe(name: str, host_kwargs: dict[str, Any]) -> None:
@@ -294,40 +295,14 @@ def _require_loads(model: Any, directory: Path) -> None:
     def names(built: Any) -> dict[str, tuple[int, ...]]:
         tied = getattr(built, "all_tied_weights_keys", None) or {}  # not written, where they are one with another
         state = {name: tensor for name, tensor in built.state_dict().items() if name not in tied}
-        return {name: tuple(tensor.shape) for name, tensor in _in_files(built, model, state).items()}
+        return {name: tuple(tensor.shape) for name, tensor in in_files(built, model, state).items()}
 
     def packed(built: Any) -> list[str]:
         layers = packed_layers(model, built)
         state = {name: tensor for name, tensor in built.state_dict().items() if name.rpartition(".")[0] in layers}
-        return sorted({name.rpartition(".")[0] for name in _in_files(built, model, state)})
+        return sorted({name.rpartition(".")[0] for name in in_files(built, model, state)})
 
-    require_rebuilds(directory, model, build, f"transformers' {type(model).__name__}", names, _optional, packed)
-
-
-def _in_files(built: Any, model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of ``built`` by the names that ``model`` was written with."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before version 5 files had the names of the model
-        return state
-    built._weight_conversions = getattr(model, "_weight_conversions", None)
-    if getattr(model, "hf_quantizer", None) is not None:  # whose own conversions unpack
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        built._weight_conversions = get_model_conversion_mapping(built)
-    return dict(revert_weight_conversion(built, state))
-
-
-def _optional(built: Any) -> Callable[[str], bool]:
-    """Tensors that transformers does not write: those it ties to others, or computes."""
-    tied: dict[int, list[str]] = {}
-    for name, tensor in built.state_dict(keep_vars=True).items():
-        tied.setdefault(id(tensor), []).append(name)
-    shared = {name for names in tied.values() if len(names) > 1 for name in names}
-    ignored = [*(getattr(built, "_tied_weights_keys", None) or ())]  # building without memory parts what is tied
-    ignored += [*(getattr(built, "_keys_to_ignore_on_save", None) or ())]
-    ignored += getattr(built, "_keys_to_ignore_on_load_missing", None) or ()
-    return lambda name: name in shared or any(name == key or re.search(key, name) for key in ignored)
+    require_rebuilds(directory, model, build, f"transformers' {type(model).__name__}", names, optional, packed)
 
 
 def _saved_geometry(name: str) -> Geometry | None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from anypatch.core.empty import empty
 from anypatch.core.plan import Plan
 from anypatch.errors import CheckpointError, UnsupportedModelError, listed
-from anypatch.files import layouts
 from anypatch.files.configs import read_config
 from anypatch.files.header import Entry
 from anypatch.files.shards import Shards, read_shards
@@ -21,6 +20,7 @@ from anypatch.hosts.loading import said
 from anypatch.hosts.opened import Opened, dump, merged
 from anypatch.hosts.transformers import processors
 from anypatch.hosts.transformers.fitting import class_of
+from anypatch.hosts.transformers.names import other_shape, own_name, placed, require_shapes, tell, unmatched
 from anypatch.hosts.transformers.safety import require_model, require_no_adapter
 
 
@@ -47,8 +47,9 @@ def open_folder(source: Path) -> Opened:
             f"{source / 'config.json'}: transformers cannot build the model ({type(error).__name__}: {said(error)})"
         ) from error
     if raw.get("quantization_config") is None:  # else packed
-        named = dict(model.named_parameters())
-        require_shapes(source, model, shards, {n: p for n, p in named.items() if layouts.follows_geometry(n)})
+        places = placed(model, shards.entries)
+        require_shapes(source, places, shards.entries)
+        tell(str(source), kind.__name__, *unmatched(model, places, shards.entries))
     before = copy.deepcopy(model.config.to_dict())
 
     def texts(plan: Plan) -> dict[str, str]:
@@ -61,38 +62,6 @@ def open_folder(source: Path) -> Opened:
         return {} if again is None else {shards.index_name: dump(again)}
 
     return Opened(model, shards.headers, lambda plan: _values(model, shards, plan, source), texts, index)
-
-
-def require_shapes(source: Path, model: nn.Module, shards: Shards, tensors: Mapping[str, Tensor]) -> None:
-    """A directory's tensors have the shapes that its configuration gives them.
-
-    Args:
-        source: the directory.
-        model: what its configuration builds.
-        shards: its weights.
-        tensors: the model's, by the names that they have in files; what the files do not have is left alone.
-
-    Raises:
-        CheckpointError: one has another shape; the message says both.
-    """
-    entries = shards.entries
-    for name, live in tensors.items():
-        stored = _own_name(name, entries, model)
-        if stored is not None and entries[stored].shape != tuple(live.shape):
-            raise _other_shape(source, stored, entries, tuple(live.shape))
-
-
-def _other_shape(source: Path, stored: str, entries: Mapping[str, Entry], shape: tuple[int, ...]) -> CheckpointError:
-    return CheckpointError(
-        f"{source}: tensor {stored!r} has shape {entries[stored].shape}, but config.json says {shape}"
-    )
-
-
-def _own_name(name: str, entries: Mapping[str, Entry], model: nn.Module) -> str | None:
-    """A tensor's name in the files where it is the model's, with or without what stands before a base model's."""
-    base = getattr(model, "base_model_prefix", "")
-    names = [name, f"{base}.{name}", name.removeprefix(f"{base}.")] if base else [name]
-    return next((candidate for candidate in names if candidate in entries), None)
 
 
 def _values(model: nn.Module, shards: Shards, plan: Plan, source: Path) -> dict[str, Tensor]:
@@ -122,10 +91,10 @@ def _name_in_file(name: str, live: Tensor, entries: Mapping[str, Entry], source:
         CheckpointError: the file has no such tensor, or one of another shape.
     """
     shape = tuple(live.shape)
-    candidate = _own_name(name, entries, model)
+    candidate = own_name(name, entries, model)
     if candidate is not None:
         if entries[candidate].shape != shape:
-            raise _other_shape(source, candidate, entries, shape)
+            raise other_shape(source, candidate, entries, shape)
         return candidate
     parts = name.split(".")
     for length in range(len(parts) - 1, 1, -1):
