@@ -8,6 +8,8 @@ part, so nothing of them changes.
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +28,7 @@ from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter
 from anypatch.core.traces import Trace
 
+IMAGES = re.compile("pixel|image|img")  # begins the name of what a forward pass takes an image by
 META = torch.device("meta")
 RUN = ("_forward_hooks", "_forward_pre_hooks")
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_called")))
@@ -102,6 +105,77 @@ def shapes(
         pixels = torch.zeros(tuple(size), dtype=dtype, device=META)
         trace.starts(pixels)
         return {name: tuple(tensor.shape) for name, tensor in named_tensors(call(stage, pixels))}
+
+
+class Door:
+    """How a model is fed: through its forward pass, or through a part of it (a tower of two), before which what the
+    model's own hooks make of its images is made of them as well.
+
+    Args:
+        call: what feeds it.
+    """
+
+    def __init__(self, call: Callable[[nn.Module, Any], Any]) -> None:
+        self.call = call
+        self._ways: list[Callable[[nn.Module, Any], Any]] | None = None
+
+    def __call__(self, stage: nn.Module, pixels: Any) -> Any:
+        if not stage._forward_pre_hooks:
+            return self.call(stage, pixels)
+        entered = []
+        handle = stage.register_forward_pre_hook(lambda *_: entered.append(True), prepend=True)
+        try:
+            result = self.call(stage, pixels)
+        finally:
+            handle.remove()
+        if entered:
+            return result
+        if self._ways is None:  # the first time, at the present geometry, at which they run
+            ways: list[Callable[[nn.Module, Any], Any]] = [_by_name, _in_order]
+            self._ways = [way for way in ways if not _fails(way, stage, pixels)][:1]
+        return self.call(stage, self._ways[0](stage, pixels)) if self._ways else result
+
+
+def _by_name(stage: nn.Module, pixels: Any) -> Any:
+    """What a model's hooks make of an image that is given by its name."""
+    name = _of_images(stage)
+    args, kwargs = (), {name: pixels}
+    for key, hook in stage._forward_pre_hooks.items():
+        if key in stage._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(stage, args, kwargs) or (args, kwargs)
+        else:
+            args = _changed(hook(stage, args), args)
+    return kwargs[name]
+
+
+def _in_order(stage: nn.Module, pixels: Any) -> Any:
+    """The same of one that is given in its place."""
+    names = list(inspect.signature(stage.forward).parameters)
+    place = names.index(_of_images(stage))
+    args = tuple(pixels if i == place else None for i in range(place + 1))
+    for key, hook in stage._forward_pre_hooks.items():
+        if key in stage._forward_pre_hooks_with_kwargs:
+            args = (hook(stage, args, {}) or (args, {}))[0]
+        else:
+            args = _changed(hook(stage, args), args)
+    return args[place]
+
+
+def _of_images(stage: nn.Module) -> str:
+    return next(name for name in inspect.signature(stage.forward).parameters if IMAGES.match(name))
+
+
+def _changed(result: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if result is None:
+        return args
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _fails(way: Callable[[nn.Module, Any], Any], stage: nn.Module, pixels: Any) -> bool:
+    try:
+        return not isinstance(way(stage, pixels), Tensor)
+    except Exception:
+        return True
 
 
 def watch(stage: nn.Module, stride: Size) -> dict[str, Size]:

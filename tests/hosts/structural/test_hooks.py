@@ -85,6 +85,62 @@ def test_a_size_in_a_hook_of_a_model_that_is_fed_by_name_is_refused(hook: Callab
     torch.testing.assert_close(anypatch.adapt(model, 16)(pixel_values=pixels).last_hidden_state, expected)
 
 
+def transformers_clip() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    text = {**sizes, "vocab_size": 9, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+
+
+def open_clip_clip() -> nn.Module:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"context_length": 5, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1}
+    return open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).eval()
+
+
+def resizing_first(module: nn.Module, args: Any) -> Any:
+    return (F.interpolate(args[0], size=(32, 32)), *args[1:])
+
+
+def following(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    pixels = kwargs["pixel_values"]
+    return args, {**kwargs, "pixel_values": F.interpolate(pixels, size=pixels.shape[-2:])}
+
+
+@pytest.mark.parametrize(
+    ("build", "hook"),
+    [(transformers_clip, resizing), (transformers_clip, asserting), (open_clip_clip, resizing_first)],
+    ids=["clip", "asserting", "open_clip"],
+)
+def test_a_size_in_a_hook_of_a_model_with_two_towers_is_refused(
+    build: Callable[[], Any], hook: Callable[..., Any]
+) -> None:
+    """Only its image tower is rehearsed, which its own hooks come before."""
+    model = build()
+    model.register_forward_pre_hook(hook, with_kwargs=hook is not resizing_first)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="the number 32 in a hook"):
+        anypatch.adapt(model, image_size=48)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    anypatch.adapt(model, 16)  # the image stays
+    assert anypatch.geometry(model).grid == (2, 2)
+
+
+@pytest.mark.parametrize("hook", [scaling, following, logging], ids=lambda hook: hook.__name__)
+def test_other_hooks_of_a_model_with_two_towers_go_on(hook: Callable[..., Any]) -> None:
+    model = transformers_clip()
+    expected = anypatch.adapt(copy.deepcopy(model), image_size=48)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    anypatch.adapt(model, image_size=48)
+    pixels, ids = torch.rand(1, 3, 48, 48), torch.tensor([[1, 5, 2]])
+    given = pixels / 2 if hook is scaling else pixels
+    torch.testing.assert_close(
+        model(input_ids=ids, pixel_values=pixels).image_embeds, expected(ids, given).image_embeds
+    )
+
+
 def test_a_number_of_tokens_in_a_hook_that_makes_an_output_anew_is_refused() -> None:
     model = transformers_model()
     model.register_forward_hook(cutting)

@@ -23,7 +23,7 @@ from anypatch.core.geometry import Geometry, Size, show, with_grid
 from anypatch.core.outputs import ungrown
 from anypatch.core.plan import Plan
 from anypatch.core.recordings import is_pure
-from anypatch.core.rehearsal import shapes, staged, watch
+from anypatch.core.rehearsal import Door, shapes, staged, watch
 from anypatch.core.steps import SetBuffer, SetParameter
 from anypatch.core.traces import Trace
 from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
@@ -161,6 +161,7 @@ class Rehearsal:
         self.model = model
         self.example = example
         self.pixels_alone = False  # whether nothing else was fed last
+        self.door: Door | None = None
 
     def at(self, plan: Plan | None, geometry: Geometry) -> Run | Exception:
         """The model as it would be after a plan, at a geometry; or why it returns nothing."""
@@ -175,7 +176,8 @@ class Rehearsal:
             stage = staged(self.model, plan, is_pure)
             grids = watch(stage, geometry.patch_size)
             trace = Trace(self._doubtful(stage, [] if plan is None else plan.doubts))
-            return Run(shapes(stage, fed.call, size, like.dtype, trace), grids, trace)
+            self.door = door = self.door or Door(fed.call)
+            return Run(shapes(stage, door, size, like.dtype, trace), grids, trace)
         except Exception as error:
             return error
 
