@@ -118,6 +118,41 @@ def test_swin_patch_shrinks_to_one_built_there():
     torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-4)
 
 
+def timm_swin() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("torchvision", {"patch_size": 8, "keep": "grid"}),
+        ("torchvision", {"patch_size": 2}),
+        ("timm", {"patch_size": 8, "keep": "grid"}),
+    ],
+)
+def test_a_getter_of_layers_is_adapted_as_the_model_is(name: str, sizes: dict[str, Any]) -> None:
+    """It was refused as a model of torchvision's without patches; timm's, at patches as large as its windows, failed
+    afterwards: ``window_area`` was taken for the pixels of a patch."""
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    model, layers = (swin(1, window=(4, 4)), "features") if name == "torchvision" else (timm_swin(), "layers")
+    getter = IntermediateLayerGetter(copy.deepcopy(model), {layers: "map"})
+    pixels = torch.rand(1, 3, *([64, 64] if "keep" in sizes else [32, 32]))
+    expected = IntermediateLayerGetter(anypatch.adapt(model, **sizes), {layers: "map"})(pixels)["map"]
+    torch.testing.assert_close(anypatch.adapt(getter, **sizes)(pixels)["map"], expected, rtol=0, atol=0)
+
+
+def test_a_feature_extractor_is_made_after_adapting() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    with pytest.raises(anypatch.UnsupportedModelError, match="adapt the model before tracing"):
+        anypatch.adapt(create_feature_extractor(vit(), {"encoder": "tokens"}), 16)
+    traced = create_feature_extractor(anypatch.adapt(vit(), 16, keep="grid"), {"encoder": "tokens"})
+    assert traced(torch.rand(1, 3, 64, 64))["tokens"].shape == (1, 17, 32)
+
+
 def test_rectangles_are_refused_for_vit_and_leave_it_alone():
     model = vit()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -55,6 +55,7 @@ NOT_COUNTED = re.compile(
     r"text|txt|captions?|words?|context|prompts?|lang(uage)?|llm|sentences?|per|stride|batch|embed|mlp|depth|layers?|mask(ed|s)?|keep|drop|extra|prefix|cls|reg(isters?)?|quer(y|ies)"
 )
 PIXELS = re.compile(r"pix(els?)?|area|patch")
+NOT_PIXELS = re.compile(r"win(dows?)?|blocks?|regions?|anchors?|box(es)?")  # the area of something else
 # Which axis a side is of, by a word of its name: rows before columns, as sizes have them.
 AXES = {"h": 0, "height": 0, "hp": 0, "nh": 0, "rows": 0, "row": 0} | dict.fromkeys(
     ("w", "width", "wp", "nw", "cols", "columns", "col"), 1
@@ -171,7 +172,7 @@ def _counted(name: str, value: int, old: Geometry, new: Geometry) -> int | None:
         for before, after in zip(counts(old), counts(new), strict=True):
             if value == before and value > TELLING**2:
                 return after
-    if not any(PIXELS.fullmatch(word) for word in words):
+    if not any(PIXELS.fullmatch(word) for word in words) or any(NOT_PIXELS.fullmatch(word) for word in words):
         return None
     area, image = math.prod(old.patch_size[-2:]), old.image_size
     if area > TELLING**2 and value == area:

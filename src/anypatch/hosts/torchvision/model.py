@@ -19,6 +19,7 @@ from anypatch.errors import GeometryError, UnsupportedModelError
 from anypatch.hosts.torchvision.facts import ROWS, Row, row
 
 NAME = "torchvision"
+PARTS = ("IntermediateLayerGetter",)  # layers of a model, of whatever library, one after the other
 
 
 def recognises(model: nn.Module) -> bool:
@@ -27,7 +28,8 @@ def recognises(model: nn.Module) -> bool:
         return True
     inside = [module for module in model.modules() if module is not model]
     around = any(row(m) is not None or type(m).__module__.split(".")[0] not in ("torch", NAME) for m in inside)
-    return type(model).__module__.split(".")[:2] == [NAME, "models"] and not around
+    whole = type(model).__module__.split(".")[:2] == [NAME, "models"] and type(model).__name__ not in PARTS
+    return whole and not around
 
 
 def known(model: nn.Module) -> Row:
