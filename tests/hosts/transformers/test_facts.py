@@ -135,8 +135,13 @@ def built_by_the_library(name: str, image: int) -> Any:
 def fed(model: Any, image: int) -> None:
     entry = getattr(getattr(model, "model", model), "get_image_features", model)
     extra = (1,) if "pixel_attention_mask" in inspect.signature(entry).parameters else ()  # images per sample
+    sizes = (
+        {"image_sizes": torch.tensor(2 * [[image, image]])}
+        if "image_sizes" in inspect.signature(entry).parameters
+        else {}
+    )
     with torch.no_grad():
-        entry(pixel_values=torch.rand(1, *extra, 3, image, image))
+        entry(pixel_values=torch.rand(2, *extra, 3, image, image), **sizes)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +152,15 @@ def fed(model: Any, image: int) -> None:
         pytest.param("rf_detr", 8, "16x16", marks=pytest.mark.slow),  # 8 queries of 4 tokens
         pytest.param("lw_detr", 40, "32x32 or 48x48", marks=pytest.mark.slow),  # the constructor does not take 36
         pytest.param("idefics3", 20, "16x16 or 24x24", marks=pytest.mark.slow),  # asks for values of masks
+        pytest.param("mistral3", 4, "8x8", marks=pytest.mark.slow),  # three by three are two by two, and one is none
+        pytest.param("gemma3", 4, "8x8", marks=pytest.mark.slow),  # pooled to two by two
         pytest.param("modernvbert", 24, "16x16 or 32x32", marks=pytest.mark.slow),  # counts images by their values
     ],
 )
 def test_a_grid_that_the_forward_pass_does_not_take_is_refused_with_sizes_that_fit(
     name: str, image: int, fits: str
 ) -> None:
-    with pytest.raises(Exception, match=r"shape|size|range"):  # the library's own model does not, either
+    with pytest.raises(Exception, match=r"shape|size|range|stride"):  # the library's own model does not, either
         fed(built_by_the_library(name, image), image)
     model = tiny(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -164,6 +171,19 @@ def test_a_grid_that_the_forward_pass_does_not_take_is_refused_with_sizes_that_f
         if (side := int(size.split("x")[0])) != anypatch.geometry(model).image_size[0]:  # type: ignore[index]
             fed(anypatch.adapt(model, image_size=side), side)
             fed(built_by_the_library(name, side), side)
+
+
+@pytest.mark.siblings(fast=1)
+@pytest.mark.parametrize(
+    ("name", "image"), [("glm4v", 20), ("glm4v", 4), ("minimax_m3_vl", 12), ("glm_ocr", 20), ("minicpmv4_6", 12)]
+)
+def test_a_table_with_an_odd_side_is_proved_on_images_that_a_processor_makes(name: str, image: int) -> None:
+    """Merged neighbours bind the images, which come cut to whole blocks, not the table of positions."""
+    model = anypatch.adapt(tiny(name), image_size=image)
+    patch = anypatch.geometry(model).patch_size
+    assert anypatch.check(model, tuple(2 * side for side in patch)).passed
+    library = built_by_the_library(name, image)
+    library.load_state_dict(model.state_dict())
 
 
 def test_what_binds_the_grid_of_a_type_that_nobody_has_measured_is_found_by_a_run() -> None:

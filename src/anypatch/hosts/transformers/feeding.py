@@ -27,6 +27,7 @@ GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "spatial_shapes", "targe
 INDEXED = "flattened_patches"  # patches behind their row and their column
 MASKS = ("pixel_attention_mask", "pixel_mask", "aspect_ratio_ids", "aspect_ratio_mask")
 WORDS = ("input_ids", "attention_mask", "decoder_input_ids", "bbox")
+POOLS = ("window_kernel_size", "merge_kernel_size")
 KNOWN = {"pixel_values", "pixel_values_videos", "pixel_values_images", "image_sizes", "image_merge_sizes",
          "merge_sizes", "hidden_states", "bool_masked_pos", INDEXED, *GRIDS, *MASKS, *WORDS}  # fmt: skip
 # Classes that return pixels, by how transformers names its tasks.
@@ -59,6 +60,7 @@ def _whole(subject: Subject) -> Example:
     names = set(_parameters(_entry(vision, subject.model)))
     if packed(vision, subject.model):
         order = next(iter(subject.facts.orders.values()), "c t h w" if video else "c h w")
+        image = _in_whole_blocks(image, geometry.patch_size, _merge(vision) * _pooled(vision))
         return Example((1, count, *image), partial(_patches, vision, geometry.patch_size, order))
     if video:
         return Example((1, count, *image), lambda m, x: _video(vision, m, x.transpose(1, 2)))
@@ -191,7 +193,7 @@ def _patches(vision: Vision, patch: Size, order: str, model: nn.Module, pixels: 
     names = list(_parameters(entry))
     known = row(vision.first)
     height, width = (side // p for side, p in zip(pixels.shape[-2:], patch[-2:], strict=True))
-    merge = getattr(vision.first, "spatial_merge_size", None) or 1
+    merge = _merge(vision)
     if known.whole_blocks:
         patch, height, width = tuple(merge * p for p in patch), height // merge, width // merge
     flat = patchify(pixels[0], patch, order, 1 if known.row_major else merge)
@@ -209,6 +211,24 @@ def _patches(vision: Vision, patch: Size, order: str, model: nn.Module, pixels: 
         flat = flat[None]
     values = _grid_values(height, width, merge, at)
     return _without_loss(_called(entry)(**{name: flat}, **{n: values[n] for n in names if n in values}))
+
+
+def _merge(vision: Vision) -> int:
+    """How many patches beside one another become one token, on each axis."""
+    return getattr(vision.first, "spatial_merge_size", None) or 1
+
+
+def _pooled(vision: Vision) -> int:
+    """The same of layers that merge without a say in the order of the patches."""
+    kernels = [vars(config).get(name) for config in (vision.first, vision.config) for name in POOLS]
+    return math.prod(kernel[-1] if isinstance(kernel, (list, tuple)) else kernel or 1 for kernel in kernels)
+
+
+def _in_whole_blocks(image: Size, patch: Size, merge: int) -> Size:
+    """The image that a processor makes of one of a size: patches are merged later, so it cuts none of their blocks. The
+    size in the configuration is that of a table."""
+    sides = (-(-side // (p * merge)) * p * merge for side, p in zip(image[-2:], patch[-2:], strict=True))
+    return (*image[:-2], *sides)
 
 
 def _grid_values(height: int, width: int, merge: int, at: Tensor) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from anypatch.hosts.transformers.feeding import example, packed
 from anypatch.hosts.transformers.model import Vision, build_unchecked, stem_padding, subject
 
 FACTS = ("square_patch", "square_grid", "bound_grid")
+FEW = 4  # patches on a side, of which merged neighbours and pooling may leave none: those measured had more
 NEAR = 8  # patches more or fewer on each side, to find a size that fits
 
 
@@ -68,7 +69,9 @@ def require_grid(vision: Vision, geometry: Geometry, current: Geometry) -> None:
             f"give both sides the same number of patches"
         )
     # What binds the grid of a whole does not bind the towers in it: the type of the whole alone says it.
-    if takes_some_only("bound_grid", vision.kinds[:1]) == "never" or not _is_bound(vision):
+    measured = takes_some_only("bound_grid", vision.kinds[:1]) == "never"
+    few = min(grid[-2:]) < FEW and min(grid[-2:]) < min((current.grid or grid)[-2:])
+    if (measured and not few) or not _is_bound(vision):
         return
     failure = _lost(vision, geometry, current)
     if failure is None or isinstance(failure, AnypatchError):  # the constructor has its own say
