@@ -31,7 +31,7 @@ ROWS, PAGE, FIGURE = ROOT / "docs/tuning", ROOT / "docs/tuning.md", ROOT / "docs
 TRAIN = dinov2.CACHE / "tune" / "train"
 IMAGE = 224
 KEPT = 640  # pixels of a wallpaper's shorter side: crops of a fifth of its area are not enlarged
-SHOWN = "flower.jpg"  # of those that the larger patch harms much: on others there is little to be seen
+SHOWN = 5  # of the fourteen photographs, a dahlia: of those that the larger patch harms much, or little is to be seen
 HOSTS = {"timm": dinov2.timm_model, "transformers": dinov2.transformers_model}
 # Of each stamp that trains: whether on photographs, a seed, and whether these are out of focus. Photographs taken from
 # near, which the packages hold few of, are made so; one set of each, so that stamps are not most of what is seen.
@@ -151,7 +151,7 @@ def _mask(maps: torch.Tensor, exact: torch.Tensor) -> float:
     return float((both / either).mean())
 
 
-def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[str, Any]:
+def row(patches: list[int], host: str, steps: int, rate: float | str, precision: str | None) -> dict[str, Any]:
     """Tune for the patch sizes, and measure each before and after beside the native model."""
     pixels, teacher = held_out(), native(host)
     reference = {name: dinov2.features(teacher, crops) for name, crops in pixels.items()}
@@ -163,7 +163,7 @@ def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[st
     several = len(patches) > 1
     result = anypatch.tune(
         tuned, images=training(), patch_size=patches if several else patches[0], image_size=IMAGE, steps=steps,
-        learning_rate=rate, num_workers=0, device="cpu",
+        learning_rate=rate, num_workers=0, device="cpu", precision=precision,
     )  # fmt: skip
     found |= {"cpu_seconds": time.process_time() - began, "settings": result.settings, "curve": result.curve,
               "notes": [note.replace(f"{ROOT}/", "") for note in result.notes], "folder": result.rows}  # fmt: skip
@@ -175,18 +175,24 @@ def row(patches: list[int], host: str, steps: int, rate: float | str) -> dict[st
 
 
 def picture(*models: torch.nn.Module) -> None:
-    """One photograph, and its features at patch 14, 28 untouched and 28 tuned, in common colours."""
-    (crop,) = dinov2.crops([dinov2.photograph(SHOWN)], 1, seed=7)
-    pixels = dinov2.pixels([crop], IMAGE)
-    tokens = [dinov2.features(model, pixels)[0, 1:] for model in models]
-    maps = [[t.unflatten(0, (round(len(t) ** 0.5), -1))] for t in tokens]
-    panels = [Image.fromarray(crop).resize((IMAGE, IMAGE))]
-    panels += [Image.fromarray(p).resize((IMAGE, IMAGE), Image.Resampling.NEAREST) for (p,) in shared_colours(maps)]
-    canvas = Image.new("RGB", (len(panels) * (IMAGE + 8) - 8, IMAGE), "white")
-    for place, panel in enumerate(panels):
-        canvas.paste(panel, (place * (IMAGE + 8), 0))
+    """One photograph, and its features at patch 14, 28 untouched and 28 tuned, in common colours; above the last two,
+    their mean cosine to the first, on the coarser grid."""
+    from matplotlib.figure import Figure
+
+    crop = dinov2.crops(fidelity.test_photographs()[0], 1, seed=7)[SHOWN]
+    tokens = [dinov2.features(model, dinov2.pixels([crop], IMAGE)) for model in models]
+    maps = [[t[0, 1:].unflatten(0, (round((t.shape[1] - 1) ** 0.5), -1))] for t in tokens]
+    titles = ["224 x 224 pixels", "patch 14"]
+    for name, found in zip(("untouched", "tuned"), tokens[1:], strict=True):
+        titles.append(f"patch 28, {name}: {cosines(found, tokens[0])[1]:.2f}")
+    figure = Figure(figsize=(9.2, 2.6), dpi=100, layout="constrained")
+    panels = [np.asarray(Image.fromarray(crop).resize((IMAGE, IMAGE))), *(panel for (panel,) in shared_colours(maps))]
+    for axes, panel, title in zip(figure.subplots(1, len(panels)), panels, titles, strict=True):
+        axes.imshow(panel, interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    canvas.quantize(128).save(FIGURE, optimize=True)
+    figure.savefig(FIGURE, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -232,12 +238,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=260)
     parser.add_argument("--host", choices=HOSTS, default="timm")
     parser.add_argument("--learning-rate", type=float, help="found by the range test if not given")
+    parser.add_argument("--precision", help="of the passes that train: bf16 where the processor has units for it")
     given = parser.parse_args()
     ROWS.mkdir(parents=True, exist_ok=True)
     for text in given.patches:
         target = ROWS / f"{given.host}-{text.replace(',', '-')}.json"
         if not target.exists():
-            found = row([int(p) for p in text.split(",")], given.host, given.steps, given.learning_rate or "auto")
+            sizes, rate = [int(p) for p in text.split(",")], given.learning_rate or "auto"
+            found = row(sizes, given.host, given.steps, rate, given.precision)
             target.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(page([json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]))
 
