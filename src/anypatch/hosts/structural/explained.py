@@ -23,6 +23,7 @@ from anypatch.hosts.structural.tables import (
     is_relative,
     position_tensors,
 )
+from anypatch.hosts.structural.unnamed import Bound
 
 HINT = 'use keep="grid", or sizes that keep the grid'
 
@@ -58,15 +59,22 @@ def require_known_grid(model: nn.Module, layout: Layout, new: Geometry) -> None:
     Raises:
         GeometryError: that is asked; the message says how to tell it.
     """
-    if layout.geometry.image_size is not None or new.image_size is None or len(new.patch_size) != 2:
+    if layout.geometry.image_size is not None or new.image_size is None:
         return
-    for path, name, tensor in position_tensors(model, layout.part):
+    bound = layout.bound
+    if bound is not None:
+        raise unknown_grid(bound)
+    for path, name, tensor in position_tensors(model, layout.part) if len(new.patch_size) == 2 else ():
         if tensor.ndim > 1 and not is_relative(name):
-            full = f"{path}.{name}" if path else name
-            raise GeometryError(
-                f"{full}, of shape {tuple(tensor.shape)}, is over a grid that cannot be told, as it is no square and "
-                f"nothing in the model says its image size: set model.img_size = (height, width) first"
-            )
+            raise unknown_grid(Bound(((path, name),), tuple(tensor.shape), None))
+
+
+def unknown_grid(bound: Bound, more: str = "") -> GeometryError:
+    """A table whose grid is told neither by its length nor by the model."""
+    return GeometryError(
+        f"{bound.full}, of shape {bound.shape}, is over a grid that cannot be told, as it is no square and nothing in "
+        f"the model says its image size: set model.img_size = (height, width) first{more}"
+    )
 
 
 def require_explained(model: nn.Module, layout: Layout, new: Geometry) -> list[Doubt]:

@@ -21,6 +21,7 @@ from anypatch.hosts.structural.tables import (
     is_relative,
     position_tensors,
 )
+from anypatch.hosts.structural.unnamed import Bound, bound_by
 
 NAME = "generic"
 NOTE = "_anypatch_image"  # on the stem of a model that was brought to a rectangle: its image size, its prefix tokens
@@ -37,6 +38,7 @@ class Layout:
     heads: dict[str, tuple[int, str]]  # pixel heads: path -> (channels, flattening order, "" where unknown)
     stems: tuple[str, ...]  # the stem and whatever else cuts the same patches out of pixels
     width: int  # values of a token
+    bound: Bound | None = None  # the model runs at one number of tokens alone, and no name tells why or on what grid
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -49,13 +51,25 @@ def layout_of(model: nn.Module) -> Layout:
         image = _image_noted(model, stem, patch) or _image_from_table(model, stem, patch)
     geometry = Geometry(patch, image, 0, NAME)
     part, tables = find_tables(model, stem, geometry)
+    bound = None if tables else bound_by(model, stem, geometry.grid)
+    if bound is not None and bound.grid is not None:
+        image = tuple(side * p for side, p in zip(bound.grid, patch, strict=True))
+        geometry = Geometry(patch, image, 0, NAME)
+        part, tables = find_tables(model, stem, geometry, bound.places)
     prefix = next((t.prefix for t in tables if len(t.axes) == 1 and t.prefix >= 0), None)
     if prefix is None:
         prefix = class_tokens(model.get_submodule(part))
     require_vit(model, stem, tables)
     heads = pixel_heads(model, conv)
     return Layout(
-        replace(geometry, prefix_tokens=prefix), stem, part, tables, heads, stems_of(model, stem), conv.out_channels
+        replace(geometry, prefix_tokens=prefix),
+        stem,
+        part,
+        tables,
+        heads,
+        stems_of(model, stem),
+        conv.out_channels,
+        bound,
     )
 
 

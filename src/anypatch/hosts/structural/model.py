@@ -24,6 +24,7 @@ from anypatch.core.tables import Sampling
 from anypatch.core.twins import Subject
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.base import Host
+from anypatch.hosts.structural.explained import unknown_grid
 from anypatch.hosts.structural.layout import NAME, layout_of, note
 from anypatch.hosts.structural.tables import CONVOLUTIONS
 from anypatch.hosts.structural.twin import build_twin
@@ -38,6 +39,7 @@ def subject(model: nn.Module) -> Subject:
     if held is not None:
         return held
     layout = layout_of(model)
+    bound = layout.bound
     orders = {rf"^{re.escape(path)}\.(weight|bias)$": order for path, (_, order) in layout.heads.items() if order}
     facts = Facts(orders=orders, sampling=Sampling(antialias=False))  # as DINO, DINOv2 and MAE
     return Subject(
@@ -47,6 +49,7 @@ def subject(model: nn.Module) -> Subject:
         facts=facts,
         finish=lambda g: note(model, layout, g),
         speaks=layout.part or None,
+        bound=None if bound is None or bound.grid is not None else unknown_grid(bound, ', or use keep="grid"'),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,11 +72,16 @@ def position_tensors(model: nn.Module, below: str = "") -> Iterator[tuple[str, s
             yield path, name, tensor
 
 
-def find_tables(model: nn.Module, stem: str, geometry: Geometry) -> tuple[str, tuple[Table, ...]]:
-    """The part of the model that the stem belongs to, and the tables that the grid explains."""
+def find_tables(
+    model: nn.Module, stem: str, geometry: Geometry, places: Iterable[tuple[str, str]] = ()
+) -> tuple[str, tuple[Table, ...]]:
+    """The part of the model that the stem belongs to, and the tables that the grid explains; ``places`` are tables by
+    other names."""
     if geometry.grid is None:
         return "", ()
-    found = [table for path, name, t in position_tensors(model) if (table := explain(path, name, t, geometry))]
+    more = set(places)
+    tensors = [*position_tensors(model), *((p, n, t) for p, n, t in all_tensors(model) if (p, n) in more)]
+    found = [table for path, name, t in tensors if (table := explain(path, name, t, geometry))]
     part = next(
         (a for a in ancestors(stem) if any(t.path == a or t.path.startswith(f"{a}.") or not a for t in found)), ""
     )
