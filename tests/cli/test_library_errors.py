@@ -176,11 +176,29 @@ def test_what_a_library_refuses_is_one_of_ours_with_its_cause(
     assert "\n" not in str(caught.value)
 
 
-def test_no_network_is_said_and_what_works_without_one() -> None:
-    with pytest.raises(CheckpointError, match=r"timm cannot load vit_tiny_patch16_224: .*without a network.*directory"):
-        anypatch.load("timm:vit_tiny_patch16_224")
-    with pytest.raises(CheckpointError, match="without a network"):
-        anypatch.load("transformers:facebook/dinov2-base")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "timm:vit_tiny_patch16_224",
+        "timm:hf-hub:nobody/vit",
+        "open_clip:ViT-B-32/openai",
+        "open_clip:hf-hub:nobody/clip",
+        "transformers:facebook/dinov2-base",
+        "diffusers:nobody/dit",
+        "hub:nobody/dino:dino_vits16",
+    ],
+)
+def test_no_network_is_said_and_what_works_without_one(source: str) -> None:
+    """Random weights are proposed where they can be had: not where the configuration is on the hub, too."""
+    with pytest.raises(CheckpointError, match=r"without a network.*(directory|clone)") as said:
+        anypatch.load(source)
+    try:
+        anypatch.load(source, pretrained=False)
+    except CheckpointError as error:
+        assert "pretrained=False" not in str(said.value)
+        assert "without a network" in str(error)
+    else:
+        assert "pretrained=False" in str(said.value)
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,17 @@ OFFLINE = (
     "timed out",
     "max retries",
 )
+WITHOUT = "without a network"
+OF_A_NAME = (
+    f"; {WITHOUT}, only what was downloaded before loads by name: give a directory or a file, or build the model "
+    f"without its weights (pretrained=False)"
+)
 DEVICE = ("invalid device", "device string", "not compiled with", "no nvidia driver", "invalid device ordinal")
 LONGEST = 400  # characters of a library's message: some quote whole configurations
 
 
 @contextlib.contextmanager
-def speaking_for(library: str, what: str, package: str | None = None) -> Iterator[None]:
+def speaking_for(library: str, what: str, package: str | None = None, offline: str = OF_A_NAME) -> Iterator[None]:
     """Turn whatever a host library raises inside into one of our errors, the library's own as its cause.
 
     >>> with speaking_for("timm", "vit_tiny_patch16_224"):
@@ -43,6 +48,7 @@ def speaking_for(library: str, what: str, package: str | None = None) -> Iterato
         library: the library's name.
         what: what it was asked for, as the user wrote it.
         package: the extra of anypatch that installs the library.
+        offline: what to do where nothing answers, as the end of a sentence.
 
     Raises:
         UnsupportedModelError: the library is not installed, or takes no such option.
@@ -50,6 +56,11 @@ def speaking_for(library: str, what: str, package: str | None = None) -> Iterato
     """
     try:
         yield
+    except CheckpointError as error:
+        cause = error.__cause__
+        if cause is None or WITHOUT in str(error) or not _unanswered(cause):
+            raise
+        raise CheckpointError(f"{str(error).rstrip('.')}{offline}") from cause
     except (AnypatchError, MemoryError):
         raise
     except ImportError as error:
@@ -62,7 +73,7 @@ def speaking_for(library: str, what: str, package: str | None = None) -> Iterato
     except TypeError as error:
         raise UnsupportedModelError(f"{library} cannot make {what} with these options: {said(error)}") from error
     except Exception as error:
-        advice = _advice(error)  # goes on with the library's sentence
+        advice = _advice(error, offline)  # goes on with the library's sentence
         words = said(error).rstrip(".") if advice else said(error)
         raise CheckpointError(f"{library} cannot load {what}: {words}{advice}") from error
 
@@ -95,16 +106,33 @@ def said(error: BaseException) -> str:
     return words if len(words) <= LONGEST else words[:LONGEST] + " ..."
 
 
-def _advice(error: BaseException) -> str:
+def _advice(error: BaseException, offline: str) -> str:
     words = said(error).lower()
     if any(word in words for word in DEVICE):
         return "; name a device that this machine has, such as cpu"
-    if isinstance(error, (ConnectionError, TimeoutError)) or any(word in words for word in OFFLINE):
-        return (
-            "; without a network, only what was downloaded before loads by name: give a directory or a file, or build "
-            "the model without its weights (pretrained=False)"
-        )
-    return ""
+    return offline if _unanswered(error) else ""
+
+
+def _unanswered(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was made of, says that nothing answered."""
+    while error is not None:
+        words = said(error).lower()
+        if isinstance(error, (ConnectionError, TimeoutError)) or any(word in words for word in OFFLINE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _offline(host: Host, name: str) -> str:
+    """What loads a model where nothing answers: one that the library itself describes can be had without weights."""
+    found = host.repository(name)
+    if found is None:
+        return OF_A_NAME
+    return (
+        f"; {WITHOUT}, only what was downloaded before loads by name (with HF_HUB_OFFLINE=1 at once), and what the "
+        f"model is stands beside its weights: give a directory that holds both, as hf download {found[0]} --local-dir "
+        f"DIRECTORY makes it elsewhere"
+    )
 
 
 def load(host: Host, name: str, **host_kwargs: Any) -> nn.Module:
@@ -121,7 +149,8 @@ def load(host: Host, name: str, **host_kwargs: Any) -> nn.Module:
     folder = folder_of(name, host_kwargs)
     if folder is not None:
         require_readable(folder)
-    with speaking_for(host.name, name), held_against(weights_size(host, name, host_kwargs), name):
+    offline = _offline(host, name)
+    with speaking_for(host.name, name, offline=offline), held_against(weights_size(host, name, host_kwargs), name):
         pretrained = host_kwargs.get("pretrained", True)
         if pretrained is False or pretrained is None:
             return host.build(name, **{k: v for k, v in host_kwargs.items() if k != "pretrained"})

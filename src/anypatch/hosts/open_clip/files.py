@@ -111,10 +111,7 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
         raise CheckpointError(
             f"open_clip:{identifier} does not say which pretrained weights: {which}; pretrained=False makes random ones"
         )
-    try:
-        model = open_clip.create_model(identifier, pretrained, **{"require_pretrained": True, **host_kwargs})
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"open_clip cannot load {name}: {error}") from error
+    model = open_clip.create_model(identifier, pretrained, **{"require_pretrained": True, **host_kwargs})
     vars(model)[REMEMBERED] = cfg
     return model
 
@@ -157,7 +154,7 @@ def _named(name: str, host_kwargs: dict[str, Any]) -> tuple[str, str | None, dic
     try:
         cfg = open_clip.get_model_config(identifier)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{identifier} holds no open_clip configuration: {error}") from error
+        raise CheckpointError(f"open_clip finds no configuration of {identifier}: {error}") from error
     if cfg is None:
         raise unknown(NAME, identifier, open_clip.list_models())
     if isinstance(cfg.get("text_cfg"), dict) and "hf_model_name" in cfg["text_cfg"]:

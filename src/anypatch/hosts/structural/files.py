@@ -29,7 +29,8 @@ def load(name: str, **host_kwargs: Any) -> nn.Module:
     try:
         return torch.hub.load(repo, entry, **host_kwargs)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"torch.hub cannot load {entry} from {repo}: {error}") from error
+        clone = "" if Path(repo).is_dir() else f"; without a network, name a clone of it: hub:DIRECTORY:{entry}"
+        raise CheckpointError(f"torch.hub cannot load {entry} from {repo}: {error}{clone}") from error
 
 
 def build(name: str, **host_kwargs: Any) -> nn.Module:
