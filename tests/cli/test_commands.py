@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import anypatch as package
@@ -23,6 +25,7 @@ from anypatch import cli
 from anypatch.cli import output, stderr
 from anypatch.cli.options import read_value
 from anypatch.errors import AnypatchWarning
+from anypatch.files import shards
 
 VIT = ["timm:test_vit", "-o", "pretrained=false"]
 
@@ -549,6 +552,30 @@ def test_ctrl_c_is_130_and_a_word(anypatch: Anypatch, monkeypatch: pytest.Monkey
     result = anypatch("inspect", *VIT)
     assert result.returncode == 130
     assert result.stderr == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_ends_a_process_ends_it_as_ctrl_c_does(
+    anypatch: Anypatch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """While a file is written that would replace one: the old one is whole, and nothing lies beside it."""
+    number = getattr(signal, name)
+    write = shards.write_safetensors
+
+    def half(file: Any, *arguments: Any) -> None:
+        file.write(b"half")
+        signal.raise_signal(number)
+        write(file, *arguments)
+
+    monkeypatch.setattr(shards, "write_safetensors", half)
+    model = timm.create_model("test_vit")
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    (tmp_path / "out.safetensors").write_text("old")
+    result = anypatch("convert", "vit.safetensors", "out.safetensors", "--patch-size", "8", "--overwrite")
+    assert result.returncode == 128 + number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "vit.safetensors"]
+    assert (tmp_path / "out.safetensors").read_text() == "old"
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.slow

@@ -2,15 +2,21 @@
 
 Exit statuses: 0 for success, 1 for a check that fails, 2 for an error, 130 for Ctrl-C, 141 for a pipe whose reader
 left (typer's own 1 for --help). Results go to standard output; progress, notes and errors to standard error, an error
-on one line.
+on one line. What ends a process (SIGTERM, as batch systems and containers send it, or a terminal that is closed) ends
+it as Ctrl-C does, with 128 and the signal's number: nothing half-written stays, and no worker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -68,13 +74,37 @@ def main() -> None:
         logging.disable(logging.ERROR)  # other packages'; what they mean is in the error that follows
     without_bars()
     try:
-        with notes(quiet, debug):
+        with _ending_as_interrupted(), notes(quiet, debug):
             status = run(arguments or ["--help"], debug)
         sys.stdout.flush()
     except BrokenPipeError:
         output.let_go()
         status = PIPE_CLOSED
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _ending_as_interrupted() -> Iterator[None]:
+    """Within the block a signal that would end the process at once unwinds it first.
+
+    Of several processes that share the work each may wait for another in torch's own code, where nobody unwinds:
+    whoever started them ends them.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGHUP") if alone else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, _ended)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _ended(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def run(arguments: list[str], debug: bool = False) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anypatch.measure.images import ImageSet
 from anypatch.measure.preprocess import Preprocess
+from anypatch.measure.workers import alone, begun
 
 
 def unreadable(images: ImageSet, threads: int = 8) -> dict[int, str]:
@@ -33,7 +34,11 @@ def unreadable(images: ImageSet, threads: int = 8) -> dict[int, str]:
     # The warnings' state is one for all threads: it is saved and restored here, not in them.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
-        found = list(pool.map(attempt, range(len(images)), chunksize=64))
+        try:
+            found = list(pool.map(attempt, range(len(images))))
+        except BaseException:  # Ctrl-C: whatever was not begun is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return {i: r for i, r in enumerate(found) if r}
 
 
@@ -79,10 +84,6 @@ class _Views(torch.utils.data.Dataset):
         return Batch(pixels, [index for index, _ in read], failures)
 
 
-def _quiet(_worker: int) -> None:
-    torch.set_num_threads(1)
-
-
 def decode(
     images: ImageSet,
     preprocess: Preprocess,
@@ -108,8 +109,8 @@ def decode(
         collate_fn=views.collate,
         num_workers=min(workers, len(batches)),
         prefetch_factor=2 if workers and batches else None,
-        worker_init_fn=_quiet,
+        worker_init_fn=alone,
         generator=torch.Generator(),  # or the loader draws its workers' seeds from the caller's random numbers
     )
-    for batch in loader:
+    for batch in begun(loader):
         yield replace(batch, pixels=batch.pixels.pin_memory()) if pin else batch

@@ -18,6 +18,7 @@ from anypatch.hosts.images import Preprocess
 from anypatch.measure.decoding import decode, unreadable
 from anypatch.measure.folders import existing, image_files, images_under
 from anypatch.measure.images import ImageSet
+from anypatch.measure.workers import alone, begun
 from anypatch.tuning.asked import require_images
 from anypatch.tuning.crops import Crops
 
@@ -124,13 +125,9 @@ class Feed:
             collate_fn=list,
             num_workers=self.workers,
             prefetch_factor=2 if self.workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=alone,
             generator=torch.Generator(),  # or the loader draws from the caller's random numbers
         )
-        for row in loader:  # its workers end with the generator
+        for row in begun(loader):  # its workers end with the generator
             self.failures.update({number: why for number, why in row if isinstance(why, str)})
             yield [None if isinstance(crop, str) else crop for _, crop in row]
-
-
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
