@@ -20,6 +20,7 @@ from anypatch.core.modes import Operation, tensors_in
 # Operations whose result says nothing of the values that they are given, but for its shape.
 SHAPED_ALIKE = ("_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 LOOK_UPS = ("embedding", "index", "index_select", "gather")
+SPEAKING_FOR_OTHERS = ("torch", "anypatch", "einops")  # what they do, somebody's code asked for
 POOLS = ("avg_pool2d", "max_pool2d", "max_pool2d_with_indices")
 
 
@@ -245,11 +246,11 @@ def _pair(value: Any) -> Size:
 
 
 def _site() -> Site:
-    """Whose code runs: the first that is neither torch's nor ours."""
+    """Whose code runs: the first that is neither torch's nor ours nor einops'."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] not in ("torch", "anypatch"):
+        if module.partition(".")[0] not in SPEAKING_FOR_OTHERS:
             break
         frame = frame.f_back
     code = frame.f_code

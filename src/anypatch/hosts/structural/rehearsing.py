@@ -30,7 +30,7 @@ from anypatch.errors import AnypatchError, GeometryError, UnsupportedModelError
 from anypatch.hosts.base import Example
 from anypatch.hosts.structural.following import TELLING, counts
 from anypatch.hosts.structural.probing import held, one_more, rootless, settled
-from anypatch.hosts.structural.suspects import owned, suspects
+from anypatch.hosts.structural.suspects import owned, require_no_pixel_places, suspects
 from anypatch.hosts.structural.written import written_number
 
 SHOWN = 3  # suspects in a message
@@ -50,6 +50,7 @@ def require_rehearsed(plan: Plan, example: Callable[[], Example], remake: Callab
         UnsupportedModelError, GeometryError: the message names what is left of the present geometry.
     """
     old, new = plan.subject.geometry, plan.target
+    require_no_pixel_places(plan)
     squared = _becomes_rectangular(old, new)
     found = list(suspects(plan))
     named = list(dict.fromkeys(text for text, _ in found))

@@ -7,17 +7,21 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from anypatch.core.geometry import Geometry
+from anypatch.core.geometry import Geometry, show
 from anypatch.core.plan import Plan
 from anypatch.core.recorded import programs, told
 from anypatch.core.recordings import called_by, is_pure
 from anypatch.core.rehearsal import RUN
 from anypatch.core.steps import SetAttribute
+from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.following import TELLING, counts, kinds
-from anypatch.hosts.structural.holdings import holdings, is_array
+from anypatch.hosts.structural.holdings import MANY, holdings, is_array
 from anypatch.hosts.structural.written import KNOWN
+
+NEAR = 1e-3  # pixels by which a place may be off, as a half is in bfloat16
 
 
 def owned(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -39,6 +43,9 @@ def suspects(plan: Plan) -> Iterator[tuple[str, str]]:
     changed = {(id(step.module), step.name) for step in plan.steps if isinstance(step, SetAttribute)}
     classes: set[type] = set()
     for path, module in owned(plan.subject.model):
+        if type(module).__module__.startswith("einops."):  # made once of its pattern and sizes, which it shows
+            yield f"{path} = {module}", ""
+            continue
         for name, value in vars(module).items():
             if (id(module), name) in changed or name in vars(nn.Module()):
                 continue
@@ -50,6 +57,50 @@ def suspects(plan: Plan) -> Iterator[tuple[str, str]]:
         if type(module) not in classes:
             classes.add(type(module))
             yield from ((text, "") for text in _in_code(type(module), numbers))
+
+
+def require_no_pixel_places(plan: Plan) -> None:
+    """Where patches lie in the image, listed in pixels (centres, corners, boxes), has the same shape at another patch
+    size, so that no run would show it.
+
+    Raises:
+        UnsupportedModelError: a module of the user's holds that; the message names it.
+    """
+    old, new = plan.subject.geometry, plan.target
+    sides = [
+        (patch, side)
+        for patch, after, side in zip(old.patch_size[-2:], new.patch_size[-2:], (old.grid or ())[-2:], strict=False)
+        if patch != after and patch > TELLING and side > TELLING
+    ]
+    for path, module in owned(plan.subject.model) if sides else ():
+        held = {**vars(module), **dict(module._buffers.items())}
+        for name, value in held.items():
+            if name in vars(nn.Module()):
+                continue
+            for full, _, leaf in holdings(name, value):
+                if any(_are_places(leaf, patch, side) for patch, side in sides):
+                    raise UnsupportedModelError(
+                        f"{f'{path}.' if path else ''}{full} lists where the patches lie, {show(old.patch_size[-2:])} "
+                        f"pixels apart, which nothing says how to follow. Adapt the model inside on its own, and set "
+                        f"this by hand"
+                    )
+
+
+def _are_places(leaf: Any, patch: int, side: int) -> bool:
+    """Whether values are those of a row of patches, from its beginning or from the middle of the first."""
+    if not isinstance(leaf, (Tensor, list, tuple)) and not (is_array(leaf) and leaf.ndim):
+        return False
+    if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.dtype == torch.bool or leaf.is_complex() or leaf.ndim == 0):
+        return False
+    if isinstance(leaf, (list, tuple)) and not all(isinstance(item, (int, float)) for item in leaf):
+        return False
+    if not side <= (leaf.numel() if isinstance(leaf, Tensor) else len(leaf)) <= MANY or isinstance(leaf, nn.Parameter):
+        return False
+    found = torch.as_tensor(leaf).detach().double().unique()
+    steps = found.diff()
+    first = (0, (patch - 1) / 2, patch / 2)
+    near = len(found) in (side, side + 1) and any(abs(float(found[0]) - at) < NEAR for at in first)
+    return near and bool((steps - patch).abs().max() < NEAR)
 
 
 def _means_what_stays(name: str, value: Any, plan: Plan) -> bool:

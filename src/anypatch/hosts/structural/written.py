@@ -46,6 +46,8 @@ def _cuts(before: list[Cut], after: list[Cut], old: Geometry, new: Geometry) -> 
                 yield _told(site, f"takes parts of {present}, of which some would be empty of {length}")
             elif _is_last(same, present, old) and (now.kept, now.after) != (1, 0):
                 yield _told(site, f"takes place {was.before} of {length}, where it takes the last now")
+            elif _is_inner(same, present, length, old, new) and now.before == was.before:
+                yield _told(site, f"takes place {was.before} of {length}, another patch than of {present}")
 
 
 def _by_axis(cuts: Iterable[Cut]) -> dict[tuple[Site, int], list[Cut]]:
@@ -88,8 +90,21 @@ def _is_last(cuts: list[Cut], length: int, old: Geometry) -> bool:
     return asked == {("select", length - 1)} and length in counts(old) and length > TELLING**2
 
 
+def _is_inner(cuts: list[Cut], length: int, following: int, old: Geometry, new: Geometry) -> bool:
+    """Whether one patch within the grid was taken by its number: not a token beside the patches, nor the first or last
+    of them."""
+    tokens, more = counts(old)[0], counts(new)[0]
+    beside = length - tokens
+    if tokens <= TELLING**2 or not following - length == more - tokens != 0 or beside < 0:
+        return False
+    if len({cut.asked for cut in cuts}) != 1:
+        return False
+    kind, at = cuts[0].asked[0], cuts[0].asked[-1]
+    return kind == "select" and beside < at < length - 1 - beside
+
+
 def _averages(before: list[Averaged], after: list[Averaged], old: Geometry, new: Geometry) -> Iterator[str]:
-    """A sum over all tokens was divided by their number, and would be by the same."""
+    """A sum over all tokens was divided by their number, or its root, and would be by the same."""
     numbers = {(each.site, each.number) for each in before if _is_mean(each, old)}
     for each in after:
         if (each.site, each.number) in numbers and each.length in counts(new) and not _is_mean(each, new):
@@ -97,7 +112,9 @@ def _averages(before: list[Averaged], after: list[Averaged], old: Geometry, new:
 
 
 def _is_mean(averaged: Averaged, geometry: Geometry) -> bool:
-    return averaged.length in counts(geometry) and math.isclose(averaged.length, averaged.number, rel_tol=1e-6)
+    means = (averaged.length, math.sqrt(averaged.length))  # a mean, or a sum that is as large as one of them
+    near = any(math.isclose(averaged.number, mean, rel_tol=1e-6) for mean in means)
+    return averaged.length in counts(geometry) and near
 
 
 def _windows(before: list[Windows], after: list[Windows], old: Geometry, new: Geometry) -> Iterator[str]:
