@@ -29,6 +29,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "several": lambda view: torch._foreach_mul_([view.pos_embed.data], 2.0),
     "out": lambda view: torch.add(view.pos_embed.data, 1, out=view.pos_embed.data),
     "inplace": lambda view: nn.functional.relu(view.pos_embed.data, inplace=True),
+    "set": lambda view: view.pos_embed.data.set_(torch.zeros_like(view.pos_embed)),
+    "swapping": lambda view: torch.utils.swap_tensors(view.pos_embed, torch.zeros(view.pos_embed.shape)),
     "freezing": lambda view: view.pos_embed.requires_grad_(False),
     "pruning": lambda view: prune.l1_unstructured(view.patch_embed.proj, "weight", 0.5),
     "hook": lambda view: view.pos_embed.register_hook(lambda grad: 2 * grad),

@@ -735,6 +735,17 @@ def test_values_that_torch_lost_on_the_way_are_said() -> None:
     assert isinstance(model.blocks[0].attn.proj.weight, nn.Parameter)
 
 
+@pytest.mark.parametrize("layer", ["patch_embed.proj", "blocks.0.attn.qkv"])
+def test_parameters_with_a_view_can_be_swapped(layer: str) -> None:
+    """``torch.utils.swap_tensors`` takes none that somebody refers to weakly; torch moves models with it on request."""
+    model, image = vit(), torch.rand(1, 3, 32, 32)
+    view = anypatch.at(model, 16)
+    weight = model.get_submodule(layer).weight
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.randn_like(weight)))
+    with torch.no_grad():
+        assert torch.equal(view(image), adapted(model, 16)(image))
+
+
 def test_a_views_own_layers_are_its_own() -> None:
     """Layers that replace others, and those of a copy, may be laid over; the model is as it was."""
     model, image = vit(), torch.rand(1, 3, 32, 32)

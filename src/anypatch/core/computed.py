@@ -41,6 +41,16 @@ class Computed(Tensor):
             source = next((item for item in (*args, *kwargs.values()) if isinstance(item, Computed)), None)
             return result if source is None else _parts_of(source, result)
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Torch gives no word of it to subclasses."""
+        _require_users(self)
+        return super().set_(*args, **kwargs)
+
+    def _use_count(self) -> int:
+        """Asked by ``torch.utils.swap_tensors`` alone, before it exchanges what two tensors are."""
+        _require_users(self)
+        return super()._use_count()  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as the tensor that it is, which is then nobody's but the copy's."""
         return plain(self).__reduce_ex__(protocol)
@@ -122,17 +132,21 @@ def require_unwritten(module: nn.Module, name: str) -> None:
         )
 
 
+def writes(name: str) -> bool:
+    """Whether an operation's name is that of one which writes into its tensor.
+
+    >>> writes("mul_"), writes("mul"), writes("__init__"), writes("requires_grad_")
+    (True, False, False, False)
+    """
+    return name.endswith("_") and not name.endswith("__") and name not in HARMLESS
+
+
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     """What an operation writes into."""
     name, given = getattr(func, "__name__", ""), [*args[:1], *kwargs.values()][:1]
     whole = bool(given) and READ in getattr(given[0], "__dict__", ())
-    writes = (
-        name in SETTING
-        or kwargs.get("inplace") is True
-        or (name in LOST and whole)
-        or (name.endswith("_") and not name.endswith("__") and name not in HARMLESS)
-    )
-    found = [*(given if writes else []), kwargs.get("out")]
+    written = name in SETTING or kwargs.get("inplace") is True or (name in LOST and whole) or writes(name)
+    found = [*(given if written else []), kwargs.get("out")]
     return [item for entry in found for item in (entry if isinstance(entry, (list, tuple)) else (entry,))]
 
 

@@ -9,8 +9,11 @@ given back what it had, and whoever asked is told.
 from __future__ import annotations
 
 import contextlib
+import sys
+import types
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,15 +21,19 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from anypatch.errors import UnsupportedModelError
 
+HOLDING = ("original", "orig", "weight")  # names by which torch's functions call what they take out
+
 
 class Watch:
     """A layer of a view, the layer of the model that it stands for, and what that had when the view was taken."""
 
-    def __init__(self, shell: nn.Module, module: nn.Module) -> None:
+    def __init__(self, shell: nn.Module, module: nn.Module, computed: Iterable[str]) -> None:
         self.kind = type(shell)
         self._shell, self._module = weakref.ref(shell), weakref.ref(module)
-        present = {name: p for name, p in module._parameters.items() if p is not None}
-        self._parameters = {name: (weakref.ref(p), _place(p)) for name, p in present.items()}
+        # no reference to a parameter, which torch.utils.swap_tensors would not take
+        self._parameters = {name: _place(p) for name, p in module._parameters.items() if p is not None}
+        # those that the view computes with torch's functions never see, and do not hold
+        self._computed = {name: p for name in computed if (p := module._parameters.get(name)) is not None}
         self._names = {*module._parameters, *module._buffers.keys()}
 
     def require_kept(self, added: Any = None) -> None:
@@ -48,21 +55,22 @@ class Watch:
 
     def _give_back(self, name: str, shell: nn.Module, added: Any) -> bool:
         """Whether it is back with the values that it had, as far as can be told."""
-        reference, place = self._parameters[name]
         vars(shell).pop(name, None)
+        parameter = self._computed.get(name)
+        if parameter is None:
+            parameter = _held_by_torch(shell, name)
         undone = isinstance(added, BasePruningMethod)  # which takes back what it had registered itself
         for store in (shell._parameters, shell._buffers):
             for other in [n for n in store if n.startswith(f"{name}_") and n not in self._names]:
                 if not (undone and other == f"{name}_orig"):
                     del store[other]
-        parameter = reference()
         if parameter is None:
             return False
         rest = dict(shell._parameters)
         order = [n for n in self._parameters if n == name or n in rest]
         shell._parameters.clear()  # in the order in which optimizers count them
         shell._parameters.update({n: parameter if n == name else rest.pop(n) for n in order} | rest)
-        return _place(parameter) == place
+        return _place(parameter) == self._parameters[name]
 
 
 class Children(dict[str, Any]):
@@ -94,12 +102,12 @@ class Hooks(OrderedDict[int, Any]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
-def watch(shell: nn.Module, module: nn.Module) -> None:
-    """Notice from now on what is taken out of a layer of a view."""
+def watch(shell: nn.Module, module: nn.Module, computed: Iterable[str] = ()) -> None:
+    """Notice from now on what is taken out of a layer of a view, which computes some by itself."""
     if type(module._parameters) is not dict or not module._parameters:
         return
     children, hooks = Children(shell._modules), Hooks(shell._forward_pre_hooks)
-    children.watch = hooks.watch = Watch(shell, module)
+    children.watch = hooks.watch = Watch(shell, module, computed)
     vars(shell).update({"_modules": children, "_forward_pre_hooks": hooks})
 
 
@@ -114,6 +122,20 @@ def unwatched(value: Any) -> Any:
     if isinstance(value, Children):
         return dict(value)
     return OrderedDict(value) if isinstance(value, Hooks) else value
+
+
+def _held_by_torch(shell: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that one of torch's functions has just taken out of a layer, which it still holds."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.nn.utils."):
+            held = [frame.f_locals.get(local) for local in HOLDING]
+            found = next((value for value in held if isinstance(value, nn.Parameter)), None)
+            if found is not None:
+                return found
+        frame = frame.f_back
+    other = shell._parameters.get(f"{name}_orig")
+    return other if isinstance(other, nn.Parameter) else None
 
 
 def _place(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anypatch.core.attributes import ATOMS
+from anypatch.core.computed import writes
 from anypatch.core.modes import about, tensors_in
 from anypatch.core.recordings import codes_from
 from anypatch.errors import UnsupportedModelError
@@ -114,9 +115,7 @@ def _writes(step: dis.Instruction) -> bool:
     if step.opname == "STORE_ATTR":
         return name == "data"
     called = step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(name, str)
-    return (
-        called and name.endswith("_") and not name.endswith("__") and name != "requires_grad_" and hasattr(Tensor, name)
-    )
+    return called and writes(name) and hasattr(Tensor, name)
 
 
 @contextlib.contextmanager

@@ -243,7 +243,7 @@ def view(model: M, plan: Plan | None, shells: Shells) -> M:
         if vars(shell)[MARK] or TOGGLES in vars(shell):
             shell.__class__ = _subclass(type(shell), *_names(shell))
     for module in model.modules():
-        restructuring.watch(made[id(module)], module)
+        restructuring.watch(made[id(module)], module, vars(made[id(module)])[MARK])
     outdated.note((module, made[id(module)]) for module in model.modules())
     computing = next((shell for shell in root.modules() if vars(shell)[MARK]), None)
     outdated.watch(root if computing is None else computing, model)
