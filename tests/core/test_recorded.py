@@ -113,3 +113,41 @@ def test_parts_that_know_a_size_are_refused_by_name(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=match):
         anypatch.adapt(model, image_size=96)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def _traced(layer: nn.Module, example: torch.Tensor, how: str) -> nn.Module:
+    if how == "fx":
+        return torch.fx.symbolic_trace(layer)
+    return torch.export.export(layer, (example,)).module()
+
+
+@pytest.mark.siblings(fast=1)
+@pytest.mark.parametrize(
+    ("how", "place", "sizes"),
+    [
+        ("fx", "head", {"patch_size": 8}),
+        ("fx", "blocks.0", {"patch_size": 8}),
+        ("fx", "blocks.0", {"patch_size": 32, "keep": "grid"}),
+        ("export", "head", {"patch_size": 8}),
+        ("export", "blocks.0", {"patch_size": 32, "keep": "grid"}),
+    ],
+)
+def test_a_traced_layer_that_runs_at_both_geometries_stays(how: str, place: str, sizes: dict[str, Any]) -> None:
+    """Every program is of a class of its own, which was taken for a layer that changes."""
+    sizes_of_model = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
+    plain = timm.models.VisionTransformer(**sizes_of_model).eval()
+    model = copy.deepcopy(plain)
+    example = torch.rand(2, 24) if place == "head" else torch.rand(2, 17, 24)
+    model.set_submodule(place, _traced(model.get_submodule(place), example, how))
+    anypatch.adapt(plain, **sizes)
+    anypatch.adapt(model, **sizes)
+    pixels = torch.rand(2, 3, *anypatch.geometry(plain).image_size)
+    torch.testing.assert_close(model(pixels), plain(pixels))
+
+
+@pytest.mark.slow
+def test_a_traced_layer_with_the_number_of_tokens_in_it_is_named() -> None:
+    model = timm.models.VisionTransformer(img_size=64, embed_dim=24, depth=1, num_heads=2).eval()
+    model.blocks[0] = _traced(model.blocks[0], torch.rand(2, 17, 24), "export")
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0, a program recorded by torch\.fx or torch\.export"):
+        anypatch.adapt(model, 8)

@@ -103,7 +103,8 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
         if any(path == r or path.startswith(r + ".") for r in replaced):
             continue
         a, b = old.get(path), new.get(path)
-        if a is None or b is None or type(a) is not type(b):
+        traced = isinstance(a, torch.fx.GraphModule) and isinstance(b, torch.fx.GraphModule)  # each of its own class
+        if a is None or b is None or (type(a) is not type(b) and not traced):
             edits.append(_module(path, a, b))
             replaced.append(path)
             continue
@@ -112,7 +113,7 @@ def diff(twins: Twins, method: Any = None, sampling: Sampling = ANTIALIASED) -> 
         owners = _owners(path, old, new)
         edits += _parameters(twins, path, owners, method, sampling)
         edits += _buffers(twins, path, owners, method, sampling)
-        edits += _attributes(path, a, b)
+        edits += [] if traced else _attributes(path, a, b)
     return edits
 
 
