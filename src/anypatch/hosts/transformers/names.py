@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,33 @@ def placed(model: Any, entries: Collection[str]) -> Places:
     Files of several versions of the library have several names, and not every renaming says where it began: those
     names are taken of which most are there.
     """
+    best: Places = []
+    for table in _named(model):
+        places = [(name, tensor, own_name(name, entries, model)) for name, tensor in table.items()]
+        if not best or _found(places) > _found(best):
+            best = places
+        if all(stored is not None for _, _, stored in best):
+            break
+    return best
+
+
+def _found(places: Places) -> int:
+    return len({stored for _, _, stored in places if stored is not None})
+
+
+def _named(model: Any) -> Iterator[Mapping[str, Tensor]]:
+    """A model's tensors by the names that they have in files by default, in all files that it can read, in itself."""
     state = model.state_dict()
-    tables = [state]
     with contextlib.suppress(ImportError):  # before version 5 files had the names of the model
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import revert_weight_conversion
 
         renamed = copy.copy(model)  # of the module alone
-        for conversions in (None, get_model_conversion_mapping(model)):  # as by default, and with all that it can read
-            renamed._weight_conversions = conversions
-            tables.append(dict(revert_weight_conversion(renamed, state)))
-    rows = [[(name, tensor, own_name(name, entries, model)) for name, tensor in table.items()] for table in tables]
-    return max(reversed(rows), key=lambda found: len({stored for _, _, stored in found} - {None}))
+        renamed._weight_conversions = None
+        yield dict(revert_weight_conversion(renamed, state))
+        renamed._weight_conversions = get_model_conversion_mapping(model)
+        yield dict(revert_weight_conversion(renamed, state))
+    yield state
 
 
 def require_shapes(source: Path, places: Places, entries: Mapping[str, Entry]) -> None:
