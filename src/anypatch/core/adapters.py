@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 HELD = "_anypatch_model"  # in the attributes of a module that holds a model's parameters and names the model
+MARK = "_anypatch_view"  # in the attributes of every module of a view: its tensors that follow the geometry, by name
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from anypatch.core.adapters import MARK
 from anypatch.core.plan import Plan
 from anypatch.core.steps import SetBuffer, SetParameter
 from anypatch.errors import GeometryError, UnsupportedModelError
-
-MARK = "_anypatch_view"  # in every shell's attributes: its tensors that follow the geometry, by name
 
 # The shells of a module, for as long as both are there.
 _SHELLS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from anypatch.core import outdated, restructuring
-from anypatch.core.adapters import HELD
+from anypatch.core.adapters import HELD, MARK
 from anypatch.core.attributes import like
 from anypatch.core.computed import Computed, guarded, note_given, require_unwritten
-from anypatch.core.outdated import MARK
 from anypatch.core.plan import Plan
 from anypatch.core.shells import SHARED, Shells
 from anypatch.core.steps import SetAttribute, SetBuffer, SetModule, SetParameter, Step
