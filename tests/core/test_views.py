@@ -727,6 +727,64 @@ def test_what_is_laid_over_a_views_layers_is_for_the_model(layer: str, how: str)
     assert anypatch.at(model, 16)(image).shape == wanted[1].shape
 
 
+def _half(layer: nn.Module) -> None:
+    """A parametrization that changes what is computed each time it is laid over."""
+
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    nn.utils.parametrize.register_parametrization(layer, "weight", Half())
+
+
+def _parametrization(layer: nn.Module) -> None:
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+
+
+LAID: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "prune": (RESTRUCTURED["prune"], lambda layer: prune.remove(layer, "weight")),
+    "by hand": (_half, _parametrization),
+    "weight norm": (nn.utils.parametrizations.weight_norm, _parametrization),
+    "old weight norm": (weight_norm, nn.utils.remove_weight_norm),
+    "old spectral norm": (spectral_norm, nn.utils.remove_spectral_norm),
+}
+
+
+@pytest.mark.parametrize("how", LAID)
+def test_what_lies_over_the_models_layers_is_taken_off_there(how: str) -> None:
+    """Taken off through a view, it left the model without its parameters, or with others than the view."""
+    lay, take_off = LAID[how]
+    model, image = vit(), torch.rand(1, 3, 32, 32)
+    lay(model.blocks[0].attn.qkv)
+    model.eval()
+    view, state = anypatch.at(model, 16), {k: v.clone() for k, v in model.state_dict().items()}
+    wanted, text = [model(image), view(image)], repr(view)
+    with pytest.raises(UnsupportedModelError, match="take that off the layers of the model, then take a view"):
+        take_off(view.blocks[0].attn.qkv)
+    assert text == repr(view)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert list(view.state_dict()) == list(model.state_dict()) == list(state)
+    assert torch.equal(model(image), wanted[0])
+    assert torch.equal(view(image), wanted[1])
+    take_off(model.blocks[0].attn.qkv)  # as it says
+    torch.testing.assert_close(anypatch.at(model, 16)(image), wanted[1])
+
+
+def test_what_lies_over_the_layers_of_a_views_copy_is_its_own() -> None:
+    model, image = vit(), torch.rand(1, 3, 32, 32)
+    for block, how in zip(model.blocks, ("prune", "by hand"), strict=False):
+        LAID[how][0](block.attn.qkv)
+    other = copy.deepcopy(anypatch.at(model, 16))
+    wanted = other(image)
+    assert nn.utils.parametrize.is_parametrized(other.blocks[1].attn.qkv, "weight")
+    for block, how in zip(other.blocks, ("prune", "by hand"), strict=False):
+        LAID[how][1](block.attn.qkv)
+    torch.testing.assert_close(other(image), wanted)
+    assert type(other.blocks[0].attn.qkv) is nn.Linear
+    assert anypatch.geometry(anypatch.at(model, 16)).patch_size == (16, 16)
+
+
 def test_values_that_torch_lost_on_the_way_are_said() -> None:
     """``orthogonal`` writes its factors where the weight was, before there is anything to notice."""
     view = anypatch.at(model := vit(), 16)

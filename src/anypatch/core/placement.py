@@ -282,7 +282,7 @@ def _layers(root: nn.Module, touched: list[Touched]) -> dict[int, tuple[str, nn.
 
 def _copied(layers: dict[int, tuple[str, nn.Module, type]], root: nn.Module, touched: list[Touched]) -> str | None:
     """Why a module may not change that another has the very dictionaries of, as ``copy.copy`` makes it; or None."""
-    stores = [module._modules for module in (root, *(layer for _, layer, _ in layers.values()))]
+    stores: list[Any] = [module._modules for module in (root, *(layer for _, layer, _ in layers.values()))]
     stores += [store for item in touched for store in (item.module._parameters, item.module._buffers)]
     inside = {id(module) for module in root.modules()}
     for owner in _owners(store for store in stores if type(store) is dict):

@@ -4,11 +4,16 @@ They take a parameter out of the layer and compute it from others from then on. 
 its model's: taken out of the one they are gone from the other, which computes nothing in their place. What torch does
 next is to register a child or a hook with the layer, in containers of the view's own: there it is noticed, the layer is
 given back what it had, and whoever asked is told.
+
+What was laid over a layer of the model before is not taken off through its view either: it would stay over the model's,
+without the parameters that it computes with, or beside one that nothing reads any more. torch writes into the
+parameters on the way, so it is told before it begins.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import sys
 import types
 import weakref
@@ -17,11 +22,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.nn.utils.prune import BasePruningMethod
 
 from anypatch.errors import UnsupportedModelError
 
 HOLDING = ("original", "orig", "weight")  # names by which torch's functions call what they take out
+NORMS = ("torch.nn.utils.weight", "torch.nn.utils.spectral")  # where the hooks of norms are defined
 
 
 class Watch:
@@ -100,6 +107,85 @@ class Hooks(OrderedDict[int, Any]):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As of children."""
         return OrderedDict, (), None, None, iter(self.items())
+
+
+class Over(nn.ModuleDict):
+    """The parametrizations of a view's layer."""
+
+    def __contains__(self, name: str) -> bool:
+        if sys._getframe(2).f_code is remove_parametrizations.__code__ and super().__contains__(name):
+            raise _kept_over(name)
+        return super().__contains__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As of children."""
+        return copyreg.__newobj__, (nn.ModuleDict,), vars(self)  # type: ignore[attr-defined]
+
+    def _get_name(self) -> str:
+        return nn.ModuleDict.__name__
+
+
+class Computing(nn.Module):
+    """Mixed into the class of a view's layer some parameters of which a hook computes."""
+
+    def __delattr__(self, name: str) -> None:
+        require_not_computed(self, name)
+        super().__delattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As of children, by a class that pickle finds."""
+        return _bare, (type(self).__mro__[2],), vars(self)
+
+
+def _bare(kind: type[nn.Module]) -> nn.Module:
+    return object.__new__(kind)
+
+
+_CLASSES: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+def keep_over(shell: nn.Module) -> None:
+    """See to it that what lies over a layer of the model is not taken off through a view of it."""
+    over = shell._modules.get("parametrizations")
+    if type(over) is nn.ModuleDict:
+        over.__class__ = Over
+    kind = type(shell)
+    if any(_computes(hook) for hook in shell._forward_pre_hooks.values()):
+        found = _CLASSES.get(kind)
+        if found is None:
+            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+            found = types.new_class(kind.__name__, (Computing, kind), exec_body=lambda body: body.update(names))
+            found = _CLASSES.setdefault(kind, found)
+        shell.__class__ = found
+
+
+def bared(shell: nn.Module) -> None:
+    """Undo :func:`keep_over`."""
+    if isinstance(shell, Over):
+        object.__setattr__(shell, "__class__", nn.ModuleDict)
+    elif isinstance(shell, Computing):
+        object.__setattr__(shell, "__class__", type(shell).__mro__[2])
+
+
+def require_not_computed(shell: nn.Module, name: str) -> None:
+    """Raises UnsupportedModelError: a tensor that a hook computes is deleted from a view's layer, as whoever takes the
+    hook off does first."""
+    if any(_computes(hook) == name for hook in shell._forward_pre_hooks.values()):
+        raise _kept_over(name)
+
+
+def _computes(hook: Any) -> str:
+    """The name of the tensor that a hook of torch's computes (pruning, norms); "" of others."""
+    if not isinstance(hook, BasePruningMethod) and type(hook).__module__.partition("_norm")[0] not in NORMS:
+        return ""
+    return str(getattr(hook, "_tensor_name", None) or getattr(hook, "name", ""))
+
+
+def _kept_over(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} of a view is computed from parameters that it shares with its model, where it would be computed no "
+        f"longer: take that off the layers of the model, then take a view of it"
+    )
 
 
 def watch(shell: nn.Module, module: nn.Module, computed: Iterable[str] = ()) -> None:

@@ -120,6 +120,7 @@ class _Bound(_Base):
     def __delattr__(self, name: str) -> None:
         if name in vars(self)[MARK]:
             raise UnsupportedModelError(f"{name} of a view is computed from its model's, and cannot be deleted")
+        restructuring.require_not_computed(self, name)
         super().__delattr__(name)
 
     def train(self, mode: bool = True) -> Any:
@@ -241,6 +242,8 @@ def view(model: M, plan: Plan | None, shells: Shells) -> M:
     for shell in made.values():
         if vars(shell)[MARK] or TOGGLES in vars(shell):
             shell.__class__ = _subclass(type(shell), *_names(shell))
+        else:
+            restructuring.keep_over(shell)
     for module in model.modules():
         restructuring.watch(made[id(module)], module, vars(made[id(module)])[MARK])
     outdated.note((module, made[id(module)]) for module in model.modules())
@@ -344,6 +347,7 @@ def _stand(module: nn.Module, shells: Shells) -> nn.Module:
         for name in MERGING:
             if vars(shell).get(name) is _refuse_merging:
                 del vars(shell)[name]
+        restructuring.bared(shell)
         if not isinstance(source, _Bound):
             continue
         object.__setattr__(shell, "__class__", type(source).__mro__[2])  # after the subclass and _Bound
