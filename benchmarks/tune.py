@@ -37,6 +37,7 @@ HOSTS = {"timm": dinov2.timm_model, "transformers": dinov2.transformers_model}
 # near, which the packages hold few of, are made so; one set of each, so that stamps are not most of what is seen.
 SCENES = {"scene": (True, 1, False), "light": (False, 2, False), "near": (True, 3, True), "close": (True, 4, True)}
 DRAWS = 3  # times that each stamp that tests is placed anew: the mean over them is less a matter of chance
+PRECISION = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 Figures = dict[str, float]
 
 
@@ -198,13 +199,13 @@ def picture(*models: torch.nn.Module) -> None:
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/tuning.md: its text from `benchmarks/tuning_notes.md`, its table from the rows."""
     lines = [
-        "| tuned for | library | images | steps | minutes | patch | | folder | class | patch map "
+        "| tuned for | library | images | steps | precision | minutes | patch | | folder | class | patch map "
         "| Berkeley: class | patch map | accuracy | mask | of native on this grid |",
-        f"|---|---|{'---:|' * 4}---|{'---:|' * 8}",
+        f"|---|---|---:|---:|---|---:|---:|---|{'---:|' * 8}",
     ]
     for found in rows:
         head = f"| {', '.join(map(str, found['patches']))} | {found['host']} | {found['settings']['images']} "
-        head += f"| {found['settings']['steps']} "
+        head += f"| {found['settings']['steps']} | {PRECISION[found['settings']['precision']]} "
         head += f"| {found['cpu_seconds'] / 120:.1f} "
         for patch in map(str, found["patches"]):
             for name, when in (("untouched", "before"), ("tuned", "after")):

@@ -15,7 +15,7 @@ from anypatch.core.twins import Subject
 from anypatch.errors import AnypatchError, DataError, GeometryError
 
 LEAST_TOKENS = 4  # fewer patches than 2x2 leave no map to compare
-MINUTES = 10.0  # enough to win two fifths of it back for a small model on two cores, and short enough to try
+MINUTES = 10.0  # enough to win half of it back for a small model on two cores in bfloat16, and short enough to try
 PRECISIONS = ("no", "bf16", "fp16")
 
 
