@@ -94,6 +94,63 @@ def test_cut_and_tied_layers(tmp_path: Path, change: Any) -> None:
     assert written.num_hidden_layers == len(model.layers)
 
 
+def _linear(model: Any) -> None:
+    model.classifier = torch.nn.Linear(32, 7)
+
+
+def _no_head(model: Any) -> None:
+    model.classifier = torch.nn.Identity()
+
+
+def _two_heads(model: Any) -> None:
+    model.cls_classifier, model.distillation_classifier = torch.nn.Linear(32, 7), torch.nn.Linear(32, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "change", "classes"),
+    [
+        ("ViT", "ForImageClassification", _linear, 7),
+        ("ViT", "ForImageClassification", _no_head, 0),
+        ("DeiT", "ForImageClassificationWithTeacher", _two_heads, 7),
+    ],
+)
+def test_the_number_of_classes_is_the_heads(tmp_path: Path, kind: str, head: str, change: Any, classes: int) -> None:
+    model = transformers_model(kind, head, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    change(anypatch.adapt(model, 4))
+    anypatch.save(model, tmp_path / "out")
+    assert model.config.id2label == {0: "cat", 1: "dog"}  # the live model is left alone
+    found = type(model).from_pretrained(tmp_path / "out")
+    assert found.config.num_labels == len(found.config.label2id) == classes
+    assert "cat" not in found.config.label2id  # whose row is gone
+    wanted = model.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.state_dict().items())
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(found(pixels).logits, model(pixels).logits, atol=1e-5, rtol=1e-4)
+
+
+def _deep_head(model: Any) -> None:
+    model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 7))
+
+
+def _one_of_two(model: Any) -> None:
+    model.cls_classifier = torch.nn.Linear(32, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "change", "match"),
+    [
+        ("ViT", "ForImageClassification", _deep_head, r"classifier\.0\.bias, which it would not have"),
+        ("DeiT", "ForImageClassificationWithTeacher", _one_of_two, r"cls_classifier\.bias of shape \(2,\)"),
+    ],
+)
+def test_a_head_that_no_number_of_classes_makes(tmp_path: Path, kind: str, head: str, change: Any, match: str) -> None:
+    model = transformers_model(kind, head)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match=match):
+        anypatch.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_value_that_the_configuration_does_not_say(tmp_path: Path) -> None:
     model = transformers_model()
     model.layers[0].layernorm_before.eps = 0.5

@@ -16,6 +16,7 @@ from anypatch.errors import CheckpointError, UnsupportedModelError
 from anypatch.files.configs import read_json
 from anypatch.files.shards import read_shards
 from anypatch.files.snapshot import copy_within
+from anypatch.files.tensors import Shapes, shapes_of
 from anypatch.hosts.folders import FORMATS, is_format, travelling
 from anypatch.hosts.rebuilding import plain_state, require_rebuilds
 from anypatch.hosts.transformers import processors
@@ -204,8 +205,9 @@ def _names_code(folder: Path) -> bool:
 
 
 def _as_written(model: nn.Module) -> nn.Module:
-    """The model as what is written has to describe it: under names that transformers takes, and with as many layers."""
-    return _with_depth(_under_own_names(model))
+    """The model as what is written has to describe it: under names that transformers takes, with as many layers, and
+    as many classes."""
+    return _with_classes(_with_depth(_under_own_names(model)))
 
 
 def _with_depth(model: Any) -> Any:
@@ -223,6 +225,37 @@ def _with_depth(model: Any) -> Any:
 def _deep(path: str) -> bool:
     """Whether a list of modules at a path is the model's stack, and none within a layer of it."""
     return path.rpartition(".")[2] in ("layer", "layers", "blocks") and not any(p.isdigit() for p in path.split("."))
+
+
+def _with_classes(model: Any) -> Any:
+    """A second name for a model whose head was replaced, whose configuration says how many classes that has.
+
+    What the head is called, and whether it has one class more than it tells, is seen where the configuration's own
+    number of classes makes other shapes: that number is taken with which none is left.
+    """
+    live = shapes_of(model)
+
+    def others(config: Any) -> set[tuple[str, int]]:
+        """Tensors of another shape, and how many rows the model's have more."""
+        built = shapes_of(empty(lambda: make(type(model), config)))
+        common = {name for name in live if name in built and live[name] != built[name]}
+        return {(name, _rows(live, name) - _rows(built, name)) for name in common | (built.keys() ^ live.keys())}
+
+    with contextlib.suppress(Exception):  # not to be built, of which `_require_loads` has to do
+        more = {rows for _, rows in others(copy.deepcopy(model.config))}
+        told = model.config.num_labels
+        for classes in {told + rows for rows in more} if len(more) == 1 else ():
+            config = copy.deepcopy(model.config)
+            config.num_labels = classes  # and their names: those that it has are of other classes
+            if classes >= 0 and not others(copy.deepcopy(config)):
+                result = copy.copy(model)
+                result.config = config
+                return result
+    return model
+
+
+def _rows(shapes: Shapes, name: str) -> int:
+    return (shapes.get(name) or (0,))[0]
 
 
 def _untied(model: nn.Module) -> dict[str, Tensor] | None:
