@@ -86,6 +86,34 @@ print(count)
     assert _said(code) == ["16"]
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_ends_all_processes_at_once_is_said_by_the_parent(name: str) -> None:
+    """Workers heard it first, and torch told of their death with a traceback."""
+    code = f"""
+number = signal.{name}
+def ended(number, frame):
+    raise SystemExit(128 + number)
+signal.signal(number, ended)
+import time
+def slow(index):
+    time.sleep(0.1)
+    return np.full((8, 8, 3), index, dtype=np.uint8)
+images.load = slow
+try:
+    for batch in decode(images, preprocess, (8, 8), batches, 2):
+        for pid in children():
+            os.kill(pid, number)
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+except SystemExit as error:
+    print(error.code - number)
+import gc
+gc.collect()
+print(len(children()))
+"""
+    assert _said(code) == ["128", "0"]
+
+
 def test_a_thread_of_the_callers_decodes_as_well() -> None:
     """No signals are handled there."""
     code = """

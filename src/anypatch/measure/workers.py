@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDING = ("SIGTERM", "SIGHUP")  # not every system has the second
 
 
 def begun(loader: Any) -> Iterator[Any]:
@@ -26,9 +27,21 @@ def begun(loader: Any) -> Iterator[Any]:
 
 def alone(_worker: int) -> None:
     """What a worker does first: it takes one thread, and leaves Ctrl-C, which a terminal sends to all, to its parent,
-    who ends it. One that died with a lock of theirs would leave the other waiting for it."""
+    who ends it. One that died with a lock of theirs would leave the other waiting for it.
+
+    So it does with the first of each signal that batch systems and a closed terminal send to all: of a worker that died
+    first torch would tell the parent with a traceback. The next ends it, as its loader and the end of Python send it
+    to one that does not answer.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ENDING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _next_time)
     torch.set_num_threads(1)
+
+
+def _next_time(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
