@@ -108,3 +108,62 @@ def test_a_layer_of_einops_is_called_by_its_pattern() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"it holds lay = Rearrange\('b \(h w\) c -> b h w c', h=10\)"):
         anypatch.adapt(Segmenter().eval(), 8)
+
+
+class Laid(nn.Module):
+    """As einops 0.8 has it: lengths of the axes as they were given, and as it computes with them."""
+
+    def __init__(self, **lengths: int) -> None:
+        super().__init__()
+        self.pattern = "b (h w) c -> b h w c"
+        self.axes_lengths, self._axes_lengths = lengths, tuple(lengths.items())
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = dict(self._axes_lengths)
+        return x.unflatten(1, (lengths["h"], lengths.get("w", -1)))
+
+
+Laid.__module__ = "einops.layers.torch"
+
+
+class Mapped(nn.Module):
+    """A hand-made model, or one around a library's, that lays its tokens out by a layer."""
+
+    def __init__(self, kind: str, h: int, w: int, patch: int) -> None:
+        super().__init__()
+        self.kind, self.lay, self.rows = kind, Laid(h=h, w=w), Laid(h=h)
+        if kind == "timm":
+            self.model = timm.create_model("test_vit", img_size=(h * patch, w * patch), patch_size=patch)
+        else:
+            self.proj = nn.Conv2d(3, 24, patch, patch)
+            self.pos_embed = nn.Parameter(torch.randn(1, h * w, 24))
+            self.block = nn.TransformerEncoderLayer(24, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "timm":
+            tokens = self.model.forward_features(x)[:, 1:]
+        else:
+            tokens = self.block(self.proj(x).flatten(2).transpose(1, 2) + self.pos_embed)
+        return self.lay(tokens), self.rows(tokens)
+
+
+@pytest.mark.siblings(fast=1)
+@pytest.mark.parametrize("kind", ["hand-made", "timm"])
+@pytest.mark.parametrize(
+    ("sizes", "grid", "patch"),
+    [({"patch_size": 4}, (8, 8), 4), ({"image_size": (32, 64)}, (4, 8), 8), ({"patch_size": 16}, (2, 2), 16)],
+)
+def test_lengths_of_a_layer_of_einops_follow(
+    kind: str, sizes: dict[str, Any], grid: tuple[int, int], patch: int
+) -> None:
+    """They were left, and the model was refused."""
+    model = Mapped(kind, 4, 4, 8).eval()
+    direct, pixels = Mapped(kind, *grid, patch).eval(), torch.rand(2, 3, *(patch * side for side in grid))
+    viewed = anypatch.at(model, **sizes)(pixels)
+    assert model.lay.axes_lengths == {"h": 4, "w": 4}
+    anypatch.adapt(model, **sizes)
+    direct.load_state_dict(model.state_dict())
+    for found in (model(pixels), viewed):
+        for a, b in zip(found, direct(pixels), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert model.lay.axes_lengths == dict(model.lay._axes_lengths) == {"h": grid[0], "w": grid[1]}

@@ -1,14 +1,16 @@
-"""What single layers of torch say of patches: padding, the block that they rearrange, how far they enlarge."""
+"""What single layers of torch and einops say: padding, the block that they rearrange, how far they enlarge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 from anypatch.core.account import Extra
 from anypatch.core.geometry import Size
+
+LENGTHS = ("axes_lengths", "_axes_lengths")  # of a layer of einops: as they were given, and as it computes with them
 
 
 def padding_of(conv: Any) -> tuple[int, ...]:
@@ -50,3 +52,11 @@ def enlarges(module: nn.Module) -> float:
         factor = module.scale_factor
         return float(factor[0] if isinstance(factor, tuple) else factor)
     return 1.0
+
+
+def lengths_after(layer: Any, follow: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """What a layer of einops keeps of the lengths of its pattern's axes, each brought to another geometry by ``follow``
+    (name, length); nothing where all stay. The pattern itself has no lengths."""
+    before = layer.axes_lengths
+    after = {name: follow(name, length) or length for name, length in before.items()}
+    return {} if after == before else dict(zip(LENGTHS, (after, tuple(after.items())), strict=True))

@@ -26,7 +26,7 @@ from anypatch.core.roles import Case, changed_axes
 from anypatch.errors import UnsupportedModelError
 from anypatch.hosts.structural.following import TELLING, counts
 from anypatch.hosts.structural.holdings import holdings, tensors_of
-from anypatch.hosts.structural.layers import block_of, enlarges, layer_before, padding_of
+from anypatch.hosts.structural.layers import LENGTHS, block_of, enlarges, layer_before, lengths_after, padding_of
 from anypatch.hosts.structural.neighbours import OF_IMAGES, reads_text, widths_of
 from anypatch.hosts.structural.stems import PIXEL_CHANNELS
 from anypatch.hosts.structural.tables import CONVOLUTIONS, POSITION, ROTARY, enumerates, explain, resampled, table_shape
@@ -85,7 +85,7 @@ class Surroundings:
         of_torch = type(extra.module).__module__.startswith("torch.nn.")  # followed as layers, but for what people set
         for name in sorted(extra.names):
             value = vars(extra.module).get(name)
-            if isinstance(value, (Tensor, nn.Module)) or (of_torch and not callable(value)):
+            if isinstance(value, (Tensor, nn.Module)) or (of_torch and not callable(value)) or name in LENGTHS:
                 continue
             full = f"{extra.path}.{name}" if extra.path else name
             after = self.values.followed(name, value, full, extra.module)
@@ -129,6 +129,9 @@ class Surroundings:
             yield from self._pool(path, module)
         elif isinstance(module, BLOCKS) and extra.whole:
             yield from self._blocks(path, module, extras)
+        elif all(name in vars(module) for name in LENGTHS):
+            after = lengths_after(module, lambda name, value: self.values.number(name, value, f"{path}.{name}"))
+            yield from (AttributeEdit(path, name, None, vars(module)[name], value) for name, value in after.items())
         elif isinstance(module, nn.Linear) and "weight" in extra.names:
             self._require_independent_linear(path, module)
 
