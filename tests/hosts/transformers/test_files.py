@@ -68,6 +68,20 @@ def test_what_a_loader_translated_is_written_in_the_librarys_own_terms(tmp_path:
     _assert_saves_the_same(make(tmp_path / "in"), tmp_path / "out")
 
 
+@pytest.mark.slow  # imports two large modules
+def test_a_class_that_the_library_keeps_to_its_module(tmp_path: Path) -> None:
+    name = "transformers.models.deepseek_ocr2"
+    modeling = pytest.importorskip(f"{name}.modeling_deepseek_ocr2")
+    kind = modeling.DeepseekOcr2SamVisionEncoder
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "window_size": 2}
+    config = kind.config_class(**options, image_size=64, patch_size=8, output_channels=16, global_attn_indexes=[0])
+    kind(config).save_pretrained(tmp_path / "in")
+    anypatch.convert(tmp_path / "in", tmp_path / "out", 16, image_size=128)
+    found = kind.from_pretrained(tmp_path / "out")
+    assert found.patch_embed.projection.weight.shape[-2:] == (16, 16)
+    assert not hasattr(transformers, kind.__name__)
+
+
 # -- models that a user changed ---------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +97,11 @@ def named_class(config: Any) -> Any:
 
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, str(names[0]), None) if names else None
+    module = type(config).__module__
+    if names and kind is None and module.startswith("transformers.models."):  # classes that it keeps to their module
+        with contextlib.suppress(ImportError):
+            models = importlib.import_module(module.replace(".configuration_", ".modeling_"))
+            kind = getattr(models, str(names[0]), None)
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 
