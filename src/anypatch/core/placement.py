@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from anypatch.core.adapters import HELD, MARK
+from anypatch.core.shells import MADE
 from anypatch.errors import UnsupportedModelError
 
 # Classes that took addresses or shapes of the parameters when they were made, and what to do instead. torch makes
@@ -286,8 +287,8 @@ def _copied(layers: dict[int, tuple[str, nn.Module, type]], root: nn.Module, tou
     stores += [store for item in touched for store in (item.module._parameters, item.module._buffers)]
     inside = {id(module) for module in root.modules()}
     for owner in _owners(store for store in stores if type(store) is dict):
-        # views and flexible models follow, or say so
-        if id(owner) not in inside and not {MARK, HELD} & vars(owner).keys():
+        # views and flexible models follow, or say so; what stands for one of them is read and forgotten
+        if id(owner) not in inside and owner not in MADE and not {MARK, HELD} & vars(owner).keys():
             return (
                 f"a {type(owner).__name__} outside of the model has the same layers, as copy.copy makes it, and would "
                 f"change with it: adapt a copy.deepcopy"
