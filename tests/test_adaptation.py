@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import anypatch
@@ -118,59 +116,6 @@ def test_identity_class_parameters_and_training_mode_survive() -> None:
     after = dict(model.named_parameters())
     assert after.keys() == parameters.keys()
     assert all(after[name] is parameters[name] for name in after)
-
-
-def _updated(model: nn.Module) -> nn.Module:
-    class Other(type(model)):  # type: ignore[misc]
-        """A class of the user's that takes a model's place."""
-
-    other = Other.__new__(Other)
-    other.__dict__.update(model.__dict__)
-    return other
-
-
-def _projecting(model: nn.Module) -> nn.Module:
-    return copy.copy(model.get_submodule("patch_embed.proj"))
-
-
-def _embedding(model: nn.Module) -> nn.Module:
-    return copy.copy(model.get_submodule("patch_embed"))
-
-
-def _with_children_of_its_own(model: nn.Module) -> nn.Module:
-    other = copy.copy(model)
-    other._modules, other._parameters = dict(model._modules), dict(model._parameters)
-    return other
-
-
-SHALLOW = [copy.copy, _updated, _embedding, _projecting, _with_children_of_its_own]
-
-
-@pytest.mark.siblings(fast=1)
-@pytest.mark.parametrize("copied", SHALLOW, ids=lambda copied: copied.__name__)
-def test_a_shallow_copy_would_change_with_the_model(copied: Callable[[nn.Module], nn.Module]) -> None:
-    """It has the model's own layers: whichever of the two was adapted, the other had other weights."""
-    model = vit()
-    other = copied(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for each in (other, model) if isinstance(other, type(model)) else (model,):
-        with pytest.raises(UnsupportedModelError, match=r"outside of the model.* would change with it: adapt a copy"):
-            anypatch.adapt(each, 8)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert anypatch.at(model, 8).patch_embed.patch_size == (8, 8)  # which changes nothing
-    del other, each
-    assert anypatch.adapt(model, 8).patch_embed.patch_size == (8, 8)
-
-
-def test_copies_of_their_own_and_faces_are_no_shallow_copies() -> None:
-    model = vit()
-    others = [copy.deepcopy(model), anypatch.flexible(model, [8, 16]), anypatch.at(model, 8), AveragedModel(model)]
-    fields = dict(vars(model))  # a mere record of what it has
-    pixels = torch.rand(1, 3, 64, 64)
-    expected = anypatch.adapt(copy.deepcopy(model), 8).eval()(pixels)
-    torch.testing.assert_close(anypatch.adapt(model, 8).eval()(pixels), expected, rtol=0, atol=0)
-    assert anypatch.geometry(others[0]).patch_size == anypatch.geometry(others[3].module).patch_size == (16, 16)
-    assert fields["_modules"] is model._modules
 
 
 def test_hooks_survive() -> None:

@@ -242,7 +242,7 @@ def test_of_models_inside_each_other_the_outermost_is_adapted_and_as_a_control_b
     monkeypatch.setenv("ANYPATCH_PEERS_RESULT", str(result))
     adapting.adapt_on_construction(Tower)
     adapting.adapt_on_construction(Whole)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32,
                        patch_size=4)  # fmt: skip
     for control in (False, True):
         if control:
@@ -251,7 +251,7 @@ def test_of_models_inside_each_other_the_outermost_is_adapted_and_as_a_control_b
         model = Whole(config)
         assert adapting.results(result) == [{"adapted": "Whole"}]
         assert (model.config.patch_size, config.patch_size) == (8, 4)
-        assert model.tower.embeddings.position_embeddings.shape == (1, 5, 16)
+        assert model.tower.embeddings.position_embeddings.shape == (1, 17, 16)
         assert model.tower.embeddings.patch_embeddings.projection.kernel_size == (8, 8)
         assert built.count(8) == 1 + control  # a twin, and the control itself
         assert Whole(model.config).config.patch_size == 8  # of what was saved another is built as it is

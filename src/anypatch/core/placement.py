@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from anypatch.core.adapters import HELD, MARK
-from anypatch.core.shells import MADE
 from anypatch.errors import UnsupportedModelError
 
 # Classes that took addresses or shapes of the parameters when they were made, and what to do instead. torch makes
@@ -227,10 +225,10 @@ def _require_own(root: nn.Module, touched: list[Touched], part: nn.Module | None
     parameters = {id(t.tensor): t for t in touched if isinstance(t.tensor, nn.Parameter)}
     inside = {id(store) for module in root.modules() for store in (module._parameters, module._modules)}
     layers = _layers(root, touched)
-    found = _copied(layers, root, touched) or _outside(parameters, layers, inside, root, part)
+    found = _outside(parameters, layers, inside, root, part)
     if found is not None:  # perhaps only by a model that is already gone
         gc.collect()
-        found = _copied(layers, root, touched) or _outside(parameters, layers, inside, root, part)
+        found = _outside(parameters, layers, inside, root, part)
     if found is not None:
         raise UnsupportedModelError(found)
 
@@ -279,21 +277,6 @@ def _layers(root: nn.Module, touched: list[Touched]) -> dict[int, tuple[str, nn.
             found[id(child)] = (paths[id(child)], child, type(parent))
             parent = child
     return found
-
-
-def _copied(layers: dict[int, tuple[str, nn.Module, type]], root: nn.Module, touched: list[Touched]) -> str | None:
-    """Why a module may not change that another has the very dictionaries of, as ``copy.copy`` makes it; or None."""
-    stores: list[Any] = [module._modules for module in (root, *(layer for _, layer, _ in layers.values()))]
-    stores += [store for item in touched for store in (item.module._parameters, item.module._buffers)]
-    inside = {id(module) for module in root.modules()}
-    for owner in _owners(store for store in stores if type(store) is dict):
-        # views and flexible models follow, or say so; what stands for one of them is read and forgotten
-        if id(owner) not in inside and owner not in MADE and not {MARK, HELD} & vars(owner).keys():
-            return (
-                f"a {type(owner).__name__} outside of the model has the same layers, as copy.copy makes it, and would "
-                f"change with it: adapt a copy.deepcopy"
-            )
-    return None
 
 
 def _outside(

@@ -146,7 +146,7 @@ _CLASSES: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary(
 
 def keep_over(shell: nn.Module) -> None:
     """See to it that what lies over a layer of the model is not taken off through a view of it."""
-    over = shell._modules.get("parametrizations")
+    over = dict(shell._modules.items()).get("parametrizations")  # of a scripted layer they are no dictionary
     if type(over) is nn.ModuleDict:
         over.__class__ = Over
     kind = type(shell)

@@ -21,7 +21,6 @@ from anypatch.core.attributes import ATOMS
 from anypatch.core.restructuring import unwatched
 
 SHARED = ("_parameters", "_buffers")
-MADE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all shells, which have their modules' dictionaries and say so
 FRESH = ("_compiled_call_impl",)  # compiled for the model's own modules
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 PLAIN = (Tensor, type, types.ModuleType, types.BuiltinFunctionType, torch.Generator)
@@ -73,7 +72,6 @@ class Shells:
             return self.made[id(module)]
         self._tree = self._tree or {id(part) for part in module.modules()}
         shell: nn.Module = object.__new__(type(module))
-        MADE.add(shell)
         self.remember(module, shell)
         fields = vars(shell)
         for name, value in list(vars(module).items()):

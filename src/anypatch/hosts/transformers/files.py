@@ -233,11 +233,10 @@ def _with_classes(model: Any) -> Any:
     What the head is called, and whether it has one class more than it tells, is seen where the configuration's own
     number of classes makes other shapes: that number is taken with which none is left.
     """
-    live = shapes_of(model)
 
     def others(config: Any) -> set[tuple[str, int]]:
         """Tensors of another shape, and how many rows the model's have more."""
-        built = shapes_of(empty(lambda: make(type(model), config)))
+        live, built = shapes_of(model), shapes_of(empty(lambda: make(type(model), config)))
         common = {name for name in live if name in built and live[name] != built[name]}
         return {(name, _rows(live, name) - _rows(built, name)) for name in common | (built.keys() ^ live.keys())}
 
