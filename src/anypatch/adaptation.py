@@ -138,8 +138,8 @@ def plan_for(
         raise
     if (target.patch_size, target.image_size) == (subject.geometry.patch_size, subject.geometry.image_size):
         return None
-    if subject.bound is not None and keep == "image" and target.image_size is None:
-        raise subject.bound
+    if subject.bound and keep == "image" and target.image_size is None:
+        raise GeometryError(subject.bound)
     if positions == "host":
         subject = replace(subject, facts=replace(subject.facts, host=True))
     sampling = subject.facts.sampling if positions == "host" else ANTIALIASED

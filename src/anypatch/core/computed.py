@@ -49,7 +49,7 @@ class Computed(Tensor):
     def _use_count(self) -> int:
         """Asked by ``torch.utils.swap_tensors`` alone, before it exchanges what two tensors are."""
         _require_users(self)
-        return super()._use_count()  # type: ignore[misc]
+        return super()._use_count()  # type: ignore[misc]  # torch has it, its stubs do not
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled and copied as the tensor that it is, which is then nobody's but the copy's."""

@@ -139,36 +139,29 @@ class Door:
 def _by_name(stage: nn.Module, pixels: Any) -> Any:
     """What a model's hooks make of an image that is given by its name."""
     name = _of_images(stage)
-    args, kwargs = (), {name: pixels}
-    for key, hook in stage._forward_pre_hooks.items():
-        if key in stage._forward_pre_hooks_with_kwargs:
-            args, kwargs = hook(stage, args, kwargs) or (args, kwargs)
-        else:
-            args = _changed(hook(stage, args), args)
-    return kwargs[name]
+    return _hooked(stage, (), {name: pixels})[1][name]
 
 
 def _in_order(stage: nn.Module, pixels: Any) -> Any:
     """The same of one that is given in its place."""
-    names = list(inspect.signature(stage.forward).parameters)
-    place = names.index(_of_images(stage))
-    args = tuple(pixels if i == place else None for i in range(place + 1))
+    place = list(inspect.signature(stage.forward).parameters).index(_of_images(stage))
+    return _hooked(stage, (*[None] * place, pixels), {})[0][place]
+
+
+def _hooked(stage: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """What a model's hooks make of what its forward pass is given, as ``nn.Module`` calls them."""
     for key, hook in stage._forward_pre_hooks.items():
         if key in stage._forward_pre_hooks_with_kwargs:
-            args = (hook(stage, args, {}) or (args, {}))[0]
-        else:
-            args = _changed(hook(stage, args), args)
-    return args[place]
+            args, kwargs = hook(stage, args, kwargs) or (args, kwargs)
+            continue
+        result = hook(stage, args)
+        if result is not None:
+            args = result if isinstance(result, tuple) else (result,)
+    return args, kwargs
 
 
 def _of_images(stage: nn.Module) -> str:
     return next(name for name in inspect.signature(stage.forward).parameters if IMAGES.match(name))
-
-
-def _changed(result: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if result is None:
-        return args
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _fails(way: Callable[[nn.Module, Any], Any], stage: nn.Module, pixels: Any) -> bool:

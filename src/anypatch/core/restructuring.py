@@ -13,7 +13,6 @@ parameters on the way, so it is told before it begins.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import sys
 import types
 import weakref
@@ -119,7 +118,7 @@ class Over(nn.ModuleDict):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As of children."""
-        return copyreg.__newobj__, (nn.ModuleDict,), vars(self)  # type: ignore[attr-defined]
+        return _bare, (nn.ModuleDict,), vars(self)
 
     def _get_name(self) -> str:
         return nn.ModuleDict.__name__

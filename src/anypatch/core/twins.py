@@ -13,7 +13,6 @@ from anypatch.core.empty import empty
 from anypatch.core.geometry import Geometry, show
 from anypatch.core.limits import require_room
 from anypatch.core.roles import Facts
-from anypatch.errors import GeometryError
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Subject:
         wrapper: the object the user holds, if it is not ``model``.
         speaks: the path below which the twins know every name, one model; of the rest they only say what they change.
             ``None`` where it cannot be told what is one model.
-        bound: what to say where another patch size at the same image size asks for a grid that nothing tells.
+        bound: what to say where another patch size at the same image size asks for a grid that nothing tells; "" where
+            something does.
         about: what the library's folder found and keeps for its other verbs; nobody else reads it.
     """
 
@@ -43,7 +43,7 @@ class Subject:
     finish: Callable[[Geometry], list[tuple[nn.Module, str, Any]]] | None = None
     wrapper: nn.Module | None = None
     speaks: str | None = ""
-    bound: GeometryError | None = None
+    bound: str = ""
     about: Any = None
 
     @property

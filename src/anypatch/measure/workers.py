@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ENDING = ("SIGTERM", "SIGHUP")  # not every system has the second
+# What batch systems and a closed terminal send to all; not every system has the second.
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def begun(loader: Any) -> Iterator[Any]:
@@ -34,9 +34,8 @@ def alone(_worker: int) -> None:
     to one that does not answer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ENDING:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _next_time)
+    for number in ENDING:
+        signal.signal(number, _next_time)
     torch.set_num_threads(1)
 
 
@@ -51,7 +50,7 @@ def _patient() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, Any]] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
     held = {number: handler for number, handler in before.items() if callable(handler)}
     for number in held:
         signal.signal(number, lambda *what: came.append(what))

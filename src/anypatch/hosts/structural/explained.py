@@ -63,15 +63,15 @@ def require_known_grid(model: nn.Module, layout: Layout, new: Geometry) -> None:
         return
     bound = layout.bound
     if bound is not None:
-        raise unknown_grid(bound)
+        raise GeometryError(unknown_grid(bound))
     for path, name, tensor in position_tensors(model, layout.part) if len(new.patch_size) == 2 else ():
         if tensor.ndim > 1 and not is_relative(name):
-            raise unknown_grid(Bound(((path, name),), tuple(tensor.shape), None))
+            raise GeometryError(unknown_grid(Bound(((path, name),), tuple(tensor.shape), None)))
 
 
-def unknown_grid(bound: Bound, more: str = "") -> GeometryError:
-    """A table whose grid is told neither by its length nor by the model."""
-    return GeometryError(
+def unknown_grid(bound: Bound, more: str = "") -> str:
+    """What is said of a table whose grid is told neither by its length nor by the model."""
+    return (
         f"{bound.full}, of shape {bound.shape}, is over a grid that cannot be told, as it is no square and nothing in "
         f"the model says its image size: set model.img_size = (height, width) first{more}"
     )

@@ -49,7 +49,7 @@ def subject(model: nn.Module) -> Subject:
         facts=facts,
         finish=lambda g: note(model, layout, g),
         speaks=layout.part or None,
-        bound=None if bound is None or bound.grid is not None else unknown_grid(bound, ', or use keep="grid"'),
+        bound="" if bound is None or bound.grid is not None else unknown_grid(bound, ', or use keep="grid"'),
     )
 
 

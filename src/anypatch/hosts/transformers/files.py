@@ -236,11 +236,12 @@ def _with_classes(model: Any) -> Any:
 
     def others(config: Any) -> set[tuple[str, int]]:
         """Tensors of another shape, and how many rows the model's have more."""
-        live, built = shapes_of(model), shapes_of(empty(lambda: make(type(model), config)))
+        built = shapes_of(empty(lambda: make(type(model), config)))
         common = {name for name in live if name in built and live[name] != built[name]}
         return {(name, _rows(live, name) - _rows(built, name)) for name in common | (built.keys() ^ live.keys())}
 
     with contextlib.suppress(Exception):  # not to be built, of which `_require_loads` has to do
+        live = shapes_of(model)
         more = {rows for _, rows in others(copy.deepcopy(model.config))}
         told = model.config.num_labels
         for classes in {told + rows for rows in more} if len(more) == 1 else ():
